@@ -87,7 +87,7 @@ class Embeddings(nn.Module):
         positions = nn.Embed(c.max_position_embeddings, c.hidden_size, name="position_embeddings").embedding
         segments = nn.Embed(c.type_vocab_size, c.hidden_size, name="token_type_embeddings").embedding
         # A plain gather: the default mode of indexing adds a bounds check and NaN filling to the exported graph.
-        x = words.at[token_ids].get(mode="promise_in_bounds")
+        x = jnp.asarray(words).at[token_ids].get(mode="promise_in_bounds")
         x = x + (positions[: token_ids.shape[1]] + segments[:1])[None]
         return _layer_norm(c)(x)
 
@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
         c = self.config
         b, s, _ = x.shape
 
-        def heads(name: str) -> Float[Array, "b n s k"]:
+        def heads(name: str) -> Float[Array, "b k s e"]:
             y = nn.Dense(c.hidden_size, name=name)(x)
             return y.reshape(b, s, c.num_attention_heads, c.head_dim).transpose(0, 2, 1, 3)
 
@@ -118,7 +118,7 @@ class AddNorm(nn.Module):
     config: MiniLMConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b s k"], residual: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+    def __call__(self, x: Float[Array, "b s f"], residual: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         return _layer_norm(self.config)(residual + nn.Dense(self.config.hidden_size, name="dense")(x))
 
 
@@ -140,7 +140,7 @@ class Intermediate(nn.Module):
     activation: Callable[[Array], Array]
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s k"]:
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s f"]:
         return self.activation(nn.Dense(self.config.intermediate_size, name="dense")(x))
 
 
