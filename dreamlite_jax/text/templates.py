@@ -18,8 +18,8 @@ EDIT_TAG = (
 )  # fmt: skip
 
 
-def clean_prompt(task: Task, prompt: str) -> str:
-    """The prompt without white space around it, checked against its task.
+def clean_prompt(task: str, prompt: object) -> str:
+    """The prompt without white space around it, checked against its task; both may come straight from a file.
 
     Stripping matters: the tag ends in a space, and a leading newline would merge with what stands before it into other
     tokens than the weights know.

@@ -101,9 +101,15 @@ def test_null_is_empty_and_prompts_are_stripped():
 )
 def test_bad_prompts_are_refused(task, prompt, message):
     with pytest.raises(UserError, match=message):
-        templates.user_text(task, prompt)
-    with pytest.raises(UserError, match=message):
-        PromptRequest(task, prompt)
+        templates.clean_prompt(task, prompt)
+
+
+def test_requests_and_user_texts_check_their_prompt():
+    for build in (PromptRequest, templates.user_text):
+        with pytest.raises(UserError, match="prompt is empty"):
+            build("edit", " ")
+        with pytest.raises(UserError, match="a null prompt is the empty string"):
+            build("null", "a cat")
 
 
 def test_generate_takes_no_image():
