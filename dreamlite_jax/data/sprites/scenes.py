@@ -18,6 +18,8 @@ from dreamlite_jax.errors import UserError
 
 # GenEval's six kinds of prompt (Ghosh et al. 2023, "GenEval", table 1).
 TAGS: tuple[str, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+# A single object in the centre in its default colour shows no held-out combination.
+HELD_OUT_TAGS: tuple[str, ...] = TAGS[1:]
 SPLITS: tuple[str, ...] = ("train", "validation", "heldout")
 
 _ORDER = {name: i for i, name in enumerate(catalog.POSITIONS)}
