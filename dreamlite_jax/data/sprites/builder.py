@@ -40,6 +40,10 @@ determine the edited picture (edit). `tag` is one of GenEval's six kinds of prom
 Split heldout shows (object, colour) and (object, position) combinations that the other splits never show.
 Graphics: Twemoji, copyright Twitter, Inc. and other contributors, licensed under CC-BY 4.0; scaled and recoloured.
 """
+_LICENSE = """\
+Graphics: Twemoji (https://github.com/jdecked/twemoji), copyright Twitter, Inc. and other contributors, scaled and
+recoloured. Licensed under CC-BY 4.0: https://creativecommons.org/licenses/by/4.0/
+"""
 _CITATION = """\
 @misc{twemoji,
   title = {Twemoji},
@@ -206,7 +210,7 @@ class Sprites(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(features),
             homepage="https://github.com/jdecked/twemoji",
             citation=_CITATION,
-            license="Graphics CC-BY 4.0",
+            license=_LICENSE,
             metadata=tfds.core.MetadataDict(_made_of(config.task, config.size, self._counts, self._seed)),
         )
 
