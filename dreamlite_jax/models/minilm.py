@@ -86,8 +86,8 @@ class Embeddings(nn.Module):
         words = nn.Embed(c.vocab_size, c.hidden_size, name="word_embeddings").embedding
         positions = nn.Embed(c.max_position_embeddings, c.hidden_size, name="position_embeddings").embedding
         segments = nn.Embed(c.type_vocab_size, c.hidden_size, name="token_type_embeddings").embedding
-        # A plain gather: the default mode of indexing adds a bounds check and NaN filling to the exported graph.
-        x = jnp.asarray(words).at[token_ids].get(mode="promise_in_bounds")
+        # A plain gather: by default indexing adds a bounds check, NaN filling and negative indices to the graph.
+        x = jnp.asarray(words).at[token_ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
         x = x + (positions[: token_ids.shape[1]] + segments[:1])[None]
         return _layer_norm(c)(x)
 
