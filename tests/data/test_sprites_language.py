@@ -97,6 +97,11 @@ def test_edits_are_determined_by_the_seed():
 def test_instructions_determine_targets():
     rng = np.random.default_rng(6)
     sources = {edits.sample_edit(rng, operation).source for operation in edits.OPERATIONS * 4}
+    sources |= {
+        Scene(colour, "dotted", (Object("car", "red", "centre", size),))
+        for colour in ("white", "blue")
+        for size in catalog.SIZES
+    }
     for source in sources:
         meaning = {}
         for operation in edits.OPERATIONS * 60:
