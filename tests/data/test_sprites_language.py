@@ -102,7 +102,7 @@ def test_instructions_determine_targets():
         for colour in ("white", "blue")
         for size in catalog.SIZES
     }
-    for source in sources:
+    for source in sorted(sources, key=lambda scene: scene.key):
         meaning = {}
         for operation in edits.OPERATIONS * 60:
             edit = edits.edit_scene(rng, source, operation)
