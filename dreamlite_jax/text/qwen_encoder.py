@@ -51,7 +51,7 @@ class QwenEncoder:
     Limits: a prompt to generate has at most 200 tokens, tag included. The pipeline keeps 200 states in all and cuts the
     rest off silently; here the same 200 are kept, so between 196 and 200 tokens the template's closing words are cut as
     there, but a prompt that would lose words of its own is refused. The pipeline has no limit for edits; here the last
-    bucket is the limit, 263 of its states being picture and template: 512 leaves 249 tokens. Longer buckets may be given.
+    bucket is the limit, 263 of its states being picture and template: 512 leaves 249 tokens, a longer one more.
 
     Prompts of one bucket run together, in rows of a power of two up to `chunk`.
 
@@ -86,7 +86,7 @@ class QwenEncoder:
         self._tokenizer, self._pictures = tokenizer, pictures
         self._rows_sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         self._least_rows = 1 if mesh is None else mesh.size
-        self._chunk = max(chunk, self._least_rows)
+        self._chunk = chunk
         self._states = jax.jit(self._forward, static_argnames="dropped")
 
     @classmethod
@@ -161,7 +161,8 @@ class QwenEncoder:
 
     def _run(self, prompts: Sequence[Prompt], images: Sequence[Any]) -> jax.Array:
         """Starts the model on prompts of one chat and bucket; rows beyond theirs are copies of the first."""
-        rows = max(self._least_rows, 1 << (len(prompts) - 1).bit_length())
+        rows = 1 << (len(prompts) - 1).bit_length()
+        rows = -(-rows // self._least_rows) * self._least_rows
         chosen = [*range(len(prompts)), *[0] * (rows - len(prompts))]
         chat = prompts[0].chat
         ids = np.zeros((len(prompts), chat.dropped_tokens + prompts[0].bucket), np.int32)

@@ -25,8 +25,8 @@ IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 class QwenTokenizer:
     """Byte-level BPE of Qwen around the two chats of the released pipeline.
 
-    Words of a user are plain text: a typed "<|im_end|>" is spelt out and cannot close the chat. (The pipeline would take
-    it for the special token, and stop at a typed "<|image_pad|>".)
+    Words of a user are plain text: a typed "<|im_end|>" is spelt out and cannot close the chat. (The pipeline would
+    take it for the special token, and stop at a typed "<|image_pad|>".)
 
     Args:
         path: the tokenizer.json.
@@ -105,7 +105,7 @@ class PictureInputs:
         return side, side
 
     def patches(self, image: Image.Image) -> np.ndarray:
-        """(n, patch_dim) float32 of a picture of any mode and size: LANCZOS squash, transparency over white, normalised."""
+        """(n, patch_dim) float32 of any picture: squashed by LANCZOS, transparency over white, normalised."""
         pixels = np.asarray(over_white(image.resize((SOURCE_PX, SOURCE_PX), Image.Resampling.LANCZOS)))
         scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
         normalised = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
@@ -141,7 +141,7 @@ def read_picture_inputs(path: str | Path, vision: VisionTowerConfig) -> PictureI
     largest = size.get("longest_edge", settings.get("max_pixels")) or SOURCE_PX**2
     if not smallest <= SOURCE_PX**2 <= largest:
         raise UserError(
-            f"{path}: size is {smallest} to {largest} pixels; it must allow {SOURCE_PX**2}, the squashed source of an edit"
+            f"{path}: size is {smallest} to {largest} pixels; it must allow {SOURCE_PX**2}, the squashed source"
         )
     channels = {key: tuple(settings[f"image_{key}"]) for key in ("mean", "std") if f"image_{key}" in settings}
     if any(len(values) != vision.in_channels for values in channels.values()):

@@ -81,7 +81,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 
 def load_params(folder: Path, shapes: Any, config: QwenVLConfig, shardings: Any = None) -> Any:
-    """Arrays for a tree of shapes (`abstract_params`), read one leaf at a time and put on the devices as `shardings` say."""
+    """Arrays for a tree of shapes (`abstract_params`), read leaf by leaf and put on the devices as `shardings` say."""
     slots = expected_tensors(shapes, config)
     stored = stored_tensors(folder)
     check_tensors(folder, slots, stored)

@@ -1,4 +1,4 @@
-"""Qwen3-VL as an encoder: token ids and image patches to the last hidden state (oracle: transformers `Qwen3VLModel`)."""
+"""Qwen3-VL as an encoder: token ids and patches to the last hidden state (oracle: transformers `Qwen3VLModel`)."""
 
 from typing import Any
 

@@ -55,7 +55,7 @@ def axial_rope(grid: Grid, merge: int, head_dim: int, theta: float) -> tuple[np.
 def rotate(
     x: Float[Array, "*b s k e"], cos: Float[Array, "*#b s f"], sin: Float[Array, "*#b s f"]
 ) -> Float[Array, "*b s k e"]:
-    """Heads `x` turned by the angles; coordinate i pairs with i + f, where f = e / 2. Computed in the dtype of `cos`."""
+    """Heads `x` turned by the angles, in the dtype of `cos`; coordinate i pairs with i + f, where f = e / 2."""
     first, second = jnp.split(x.astype(cos.dtype), 2, -1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

@@ -1,5 +1,7 @@
 """Vision tower of Qwen3-VL (oracle: transformers `Qwen3VLVisionModel`), and pixels to its patches."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,7 +132,7 @@ class VisionTower(nn.Module):
         stack = self.param("blocks", layers.init_stack, block, config.depth, *example)
         bounds = (0, *(tap + 1 for tap in config.deepstack_indexes), config.depth)
         taps = []
-        for i, blocks in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for i, blocks in enumerate(itertools.pairwise(bounds)):
             if blocks[0] < blocks[1]:
                 x = layers.run_stack(block, stack, x, cos, sin, blocks=blocks, remat=self.remat, sharding=self.sharding)
             if i < len(config.deepstack_indexes):

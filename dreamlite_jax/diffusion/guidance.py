@@ -1,0 +1,49 @@
+"""Classifier-free guidance (spec section 5): which branches a sampler evaluates, and how their velocities combine.
+
+A branch says whether it sees the prompt and the source image. All branches of a step run as one batch.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from dreamlite_jax.types import Array, Float, Latent
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    text: bool
+    image: bool
+
+
+UNGUIDED = (Branch(text=True, image=True),)
+SINGLE = (Branch(text=False, image=False), Branch(text=True, image=True))
+DUAL = (Branch(text=False, image=False), Branch(text=False, image=True), Branch(text=True, image=True))
+
+
+def branches(editing: bool, guided: bool) -> tuple[Branch, ...]:
+    """The branches of a sampler: one without guidance, two to generate, three to edit."""
+    if not guided:
+        return UNGUIDED
+    return DUAL if editing else SINGLE
+
+
+def combine(velocities: Float[Array, "g b h w c"], guidance_scale: float, image_guidance_scale: float) -> Latent:
+    """Guided velocity of the stacked branches, in the order of `branches`.
+
+    One: v. Two: v0 + g (v1 - v0). Three: v0 + g (v_text - v_image) + g_image (v_image - v0), as in InstructPix2Pix eq. 3.
+    """
+    match velocities.shape[0]:
+        case 1:
+            return velocities[0]
+        case 2:
+            return velocities[0] + guidance_scale * (velocities[1] - velocities[0])
+        case 3:
+            null, image, text = velocities
+            return null + guidance_scale * (text - image) + image_guidance_scale * (image - null)
+    raise ValueError(f"{velocities.shape[0]} branches; 1, 2 or 3 are defined")
+
+
+def stack_branches(plan: tuple[Branch, ...], text: Array, null_text: Array, *, of: str) -> Array:
+    """(len(plan), b, …) of `text` where the branch sees attribute `of` ("text" or "image"), else of `null_text`."""
+    return jnp.stack([text if getattr(branch, of) else jnp.broadcast_to(null_text, text.shape) for branch in plan])

@@ -1,0 +1,97 @@
+"""The sampler: Euler steps over a schedule as one scan, guidance branches as one batch. Jitted by its callers."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dreamlite_jax.diffusion import flow, guidance, panels
+from dreamlite_jax.types import Array, Float, Latent, TextMask, TextStates, TimeIds
+
+# (canvas, timestep, text, mask, time_ids) -> velocity of the canvas
+VelocityFn = Callable[[Array, Array, Array, Array, Array], Array]
+
+
+class Conditioning(NamedTuple):
+    """What each guidance branch sees; the leading axis is the branch."""
+
+    text: Float[Array, "g b s d"]
+    mask: Float[Array, "g b s"]
+    image: Float[Array, "g b h w c"]
+
+
+def condition(
+    plan: Sequence[guidance.Branch],
+    text: TextStates,
+    mask: TextMask,
+    null_text: TextStates,
+    null_mask: TextMask,
+    source: Latent,
+) -> Conditioning:
+    """Conditioning of a plan; `source` is the source's latents when editing and zeros when generating."""
+    plan = tuple(plan)
+    return Conditioning(
+        guidance.stack_branches(plan, text, null_text, of="text"),
+        guidance.stack_branches(plan, mask, null_mask, of="text"),
+        guidance.stack_branches(plan, source, panels.blank_like(source), of="image"),
+    )
+
+
+def guided_velocity(
+    velocity: VelocityFn,
+    x: Latent,
+    sigma: Float[Array, ""],
+    conditioning: Conditioning,
+    time_ids: TimeIds,
+    guidance_scale: Float[Array, ""] | float,
+    image_guidance_scale: Float[Array, ""] | float,
+    layout: panels.Layout = "width",
+) -> Latent:
+    """Velocity of the target panel at one sigma, all branches in one call of the network."""
+    g, b = conditioning.text.shape[:2]
+
+    def merge(a: Array) -> Array:
+        return a.reshape((g * b,) + a.shape[2:])
+
+    canvas = panels.compose(jnp.broadcast_to(x, (g,) + x.shape).reshape((g * b,) + x.shape[1:]),
+                            merge(conditioning.image), layout)  # fmt: skip
+    timestep = jnp.full((g * b,), flow.TIMESTEPS * sigma, jnp.float32)
+    sizes = jnp.broadcast_to(time_ids, (g, b, 2)).reshape(g * b, 2)
+    out = velocity(canvas, timestep, merge(conditioning.text), merge(conditioning.mask), sizes)
+    out = panels.target_half(out, layout)
+    return guidance.combine(out.reshape((g, b) + out.shape[1:]), guidance_scale, image_guidance_scale)
+
+
+def sample(
+    velocity: VelocityFn,
+    noise: Latent,
+    conditioning: Conditioning,
+    time_ids: TimeIds,
+    sigmas: Float[Array, "steps1"],
+    guidance_scale: Float[Array, ""] | float = 1.0,
+    image_guidance_scale: Float[Array, ""] | float = 1.0,
+    *,
+    layout: panels.Layout = "width",
+) -> tuple[Latent, Float[Array, "steps b h w c"]]:
+    """Integrates from noise at sigmas[0] to data at sigmas[-1] = 0.
+
+    Returns:
+      Final latents, and the data predicted at each step (for previews; unused outputs cost nothing under jit).
+    """
+
+    def step(x: Latent, pair: tuple[Array, Array]) -> tuple[Latent, Latent]:
+        now, after = pair
+        v = guided_velocity(
+            velocity, x, now, conditioning, time_ids, guidance_scale, image_guidance_scale, layout
+        )
+        batch = jnp.full((x.shape[0],), 1.0, x.dtype)
+        return flow.euler_step(x, v, now * batch, after * batch), flow.predict_data(x, v, now * batch)
+
+    return jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))
+
+
+def noise_from_seeds(seeds: Sequence[int], shape: tuple[int, int, int]) -> Latent:
+    """(b, h, w, c) standard normal; each image's noise depends on its own seed alone, whatever the batch."""
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

@@ -1,0 +1,5 @@
+"""The one error a user is meant to read."""
+
+
+class UserError(ValueError):
+    """Bad input: the message names the field, the value and what would be right. Command lines print it and exit with 2."""
