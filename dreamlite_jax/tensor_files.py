@@ -1,0 +1,125 @@
+"""Safetensors files, strictly: what is wrong with a file is said before anything is computed from it."""
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from dreamlite_jax.errors import UserError
+
+SHOWN = 5  # tensors named in one error
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a tensor is, without its values."""
+
+    shape: Shape
+    dtype: str  # as safetensors spells it: F32, BF16, I64 …
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Stored":
+        """Of an array in memory."""
+        spelled = {dtype: name for name, dtype in DTYPES.items()}
+        return cls(array.shape, spelled.get(array.dtype, str(array.dtype)))
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Name, shape and dtype of every tensor in a file, without reading values. Raises `UserError` for a bad file."""
+    with open_tensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return {name: Stored(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text metadata in a file's header."""
+    with open_tensors(path) as file:
+        return dict(file.metadata() or {})
+
+
+def open_tensors(path: Path) -> Any:
+    """The opened file (a context manager); a `UserError` says whether it is absent, truncated or of another kind."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        return safetensors.safe_open(path, framework="np", backend="pread")
+    except safetensors.SafetensorError as error:
+        size, promised = path.stat().st_size, promised_bytes(path)
+        if promised is not None and size < promised:
+            raise UserError(
+                f"{path} is truncated: it has {size} bytes and its header promises {promised}; fetch it again"
+            ) from None
+        raise UserError(f"{path} ({size} bytes) is not a safetensors file: {error}") from None
+
+
+def promised_bytes(path: Path) -> int | None:
+    """Size that a header gives its file (at least, where the header itself is cut off); None: there is no header."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= 100_000_000:  # the format's own limit
+            return None
+        header = file.read(length)
+    if not header.startswith(b"{"):
+        return None
+    if len(header) < length:
+        return 8 + length
+    try:
+        entries = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return 8 + length + max(ends, default=0)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a file atomically. Arrays need not be contiguous; the writer itself would silently misread those."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, dict(metadata or {}) or None)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_tensors(where: str, expected: Mapping[str, Shape], found: Mapping[str, Stored]) -> None:
+    """Compares names, shapes and kinds of a checkpoint with what the architecture asks for.
+
+    Raises:
+      UserError: names the first few tensors that are missing, unknown, misshapen or no float, with nearest matches.
+    """
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    both = [name for name in expected if name in found]
+    misshapen = [name for name in both if found[name].shape != tuple(expected[name])]
+    other = [name for name in both if found[name].dtype not in DTYPES]
+    faults = [f"{name} is missing{nearest(name, extra or found)}" for name in missing[:SHOWN]]
+    faults += [
+        f"{name} is not a tensor of this architecture{nearest(name, missing or expected)}" for name in extra[:SHOWN]
+    ]
+    faults += [f"{n} has shape {found[n].shape} and must have {tuple(expected[n])}" for n in misshapen[:SHOWN]]
+    faults += [f"{n} is stored as {found[n].dtype}; it must be one of {', '.join(DTYPES)}" for n in other[:SHOWN]]
+    if not faults:
+        return
+    count = len(missing) + len(extra) + len(misshapen) + len(other)
+    many = ""
+    if count > max(8, len(expected) // 5):
+        many = f"this is a checkpoint of another architecture ({count} faults against {len(expected)} tensors): "
+    rest = f"; and {count - len(faults)} more" if count > len(faults) else ""
+    raise UserError(f"{where}: {many}{'; '.join(faults)}{rest}")
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """' (nearest: X)' for the candidate most like `name`, if any is."""
+    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f" (nearest: {near[0]})" if near else ""
