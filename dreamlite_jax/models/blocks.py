@@ -18,6 +18,11 @@ TOKEN_NORM_EPS = 1e-5  # LayerNorm and q/k RMSNorm
 MASK_BIAS = -10000.0  # additive score of a masked text token
 
 
+def on_last_axis(parameter: Float[Array, "c"], x: Array) -> Array:
+    """A parameter of the last axis with the rank of `x`: no rank is promoted silently."""
+    return parameter.reshape((1,) * (x.ndim - 1) + parameter.shape)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation over (h, w, c/groups), written with four dimensions so that it exports as it is."""
 
@@ -32,7 +37,7 @@ class GroupNorm(nn.Module):
         y = x.astype(jnp.float32).reshape(b, h * w, self.groups, c // self.groups)
         y = y - y.mean((1, 3), keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + self.eps)
-        return (y.reshape(b, h, w, c) * scale + bias).astype(x.dtype)
+        return (y.reshape(b, h, w, c) * on_last_axis(scale, x) + on_last_axis(bias, x)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -45,7 +50,7 @@ class LayerNorm(nn.Module):
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + TOKEN_NORM_EPS)
-        return (y * scale + bias).astype(x.dtype)
+        return (y * on_last_axis(scale, x) + on_last_axis(bias, x)).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -56,19 +61,19 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + TOKEN_NORM_EPS)
-        return (y * scale).astype(x.dtype)
+        return (y * on_last_axis(scale, x)).astype(x.dtype)
 
 
-def conv(features: int, kernel: int, *, name: str, dtype, stride: int = 1, bias: bool = True) -> nn.Conv:
+def conv(features: int, kernel: int, *, name: str, dtype, stride: int = 1, bias: bool = True, **options) -> nn.Conv:
     """2-D convolution with the torch padding of kernel // 2 on both sides ("SAME" differs when stride is 2)."""
-    pad = kernel // 2
+    padding = ((kernel // 2, kernel // 2),) * 2
     return nn.Conv(
-        features, (kernel, kernel), (stride, stride), padding=((pad, pad), (pad, pad)), use_bias=bias, dtype=dtype, name=name
+        features, (kernel, kernel), (stride, stride), padding=padding, use_bias=bias, dtype=dtype, name=name, **options
     )
 
 
 def matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
-    """Product with the last axis, leading axes folded into rows: on CPU the gradient of the unfolded form is 4x slower."""
+    """Product with the last axis, leading axes folded into rows: unfolded, its gradient is 4x slower on CPU."""
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -84,7 +89,8 @@ class Dense(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + on_last_axis(bias.astype(self.dtype), y)
         return y
 
 
@@ -100,7 +106,8 @@ class PointwiseConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (1, 1, x.shape[-1], self.features))
         y = matmul(x.astype(self.dtype), kernel[0, 0].astype(self.dtype))
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + on_last_axis(bias.astype(self.dtype), y)
         return y
 
 
@@ -128,7 +135,8 @@ def _shifts(x: FeatureMap) -> list[FeatureMap]:
 
 @jax.custom_vjp
 def _shifted_conv3x3(x: FeatureMap, kernel: Float[Array, "3 3 1 c"]) -> FeatureMap:
-    return sum(view * tap for view, tap in zip(_shifts(x), kernel.reshape(9, -1), strict=True))
+    taps = kernel.reshape(9, *(1,) * (x.ndim - 1), -1)
+    return sum(view * tap for view, tap in zip(_shifts(x), taps, strict=True))
 
 
 def _shifted_forward(x: FeatureMap, kernel: Array) -> tuple[FeatureMap, tuple[FeatureMap, Array]]:
@@ -235,7 +243,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Multi-query attention with RMS-normalised queries and keys (oracle: `Attention` + `DreamLiteAttnProcessor2_0`)."""
+    """Multi-query attention with RMS-normalised queries and keys (oracle: `DreamLiteAttnProcessor2_0`)."""
 
     heads: int
     kv_heads: int
@@ -300,7 +308,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """GroupNorm → linear in → transformer blocks → linear out, plus residual (oracle: `DreamLiteTransformer2DModel`)."""
+    """GroupNorm, linear in, transformer blocks, linear out, residual (oracle: `DreamLiteTransformer2DModel`)."""
 
     layers: int
     heads: int
@@ -347,7 +355,7 @@ def sinusoid(x: PerSample, width: int) -> Float[Array, "b width"]:
     """[cos, sin] of x times geometric frequencies 1 … 1/10000 (exclusive), as in the oracle with flip and shift 0."""
     half = width // 2
     frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = x.astype(jnp.float32)[:, None] * frequencies
+    angles = x.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
