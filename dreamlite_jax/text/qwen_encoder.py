@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.qwen_vl import rope
@@ -90,7 +91,7 @@ class QwenEncoder:
         self._states = jax.jit(self._forward, static_argnames="dropped")
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: jnp.dtype = jnp.bfloat16, mesh: Mesh | None = None, **options: Any):
+    def load(cls, folder: str | Path, *, dtype: DTypeLike = jnp.bfloat16, mesh: Mesh | None = None, **options: Any):
         """The encoder of a diffusers folder (text_encoder/, tokenizer/, processor/) or of one transformers folder.
 
         Args:

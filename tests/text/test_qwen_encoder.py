@@ -318,10 +318,14 @@ def test_tokens_equal_the_processor(pipeline, tokenizer, task, text):
     assert tokenizer.chat(chat, tokenizer.words(said)) == list(expected)
 
 
-def test_prefixes_are_those_of_the_pipeline(pipeline, tokenizer, config):
-    assert (GENERATE_CHAT.dropped_tokens, EDIT_CHAT.dropped_tokens) == (34, 64)
-    assert pipeline.prompt_template_encode_generate_start_idx == GENERATE_CHAT.dropped_tokens
-    assert pipeline.prompt_template_encode_edit_start_idx == EDIT_CHAT.dropped_tokens
+@pytest.mark.parametrize("name", ["DreamLitePipeline", "DreamLiteMobilePipeline"])
+def test_prefixes_are_those_of_the_pipelines(tokenizer, config, name):
+    cls = getattr(pytest.importorskip("diffusers"), name)
+    parts = ("text_encoder", "tokenizer", "processor", "vae", "unet", "scheduler")
+    pipeline = cls(**dict.fromkeys(parts))
+    for mode, chat, dropped in (("generate", GENERATE_CHAT, 34), ("edit", EDIT_CHAT, 64)):
+        assert getattr(pipeline, f"prompt_template_encode_{mode}") == chat.text
+        assert getattr(pipeline, f"prompt_template_encode_{mode}_start_idx") == chat.dropped_tokens == dropped
     assert tokenizer.chat(EDIT_CHAT, [])[EDIT_CHAT.dropped_tokens] == config.vision_start_token_id
 
 

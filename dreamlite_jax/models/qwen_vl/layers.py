@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from dreamlite_jax.types import Array, Float
 
@@ -17,7 +18,7 @@ class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last axis, in float32 up to the learned scale."""
 
     eps: float
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -31,7 +32,7 @@ class LayerNorm(nn.Module):
     """Layer normalisation over the last axis, in float32."""
 
     eps: float
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.qwen_vl.config import QwenVLConfig, from_transformers
@@ -37,8 +38,8 @@ class Slot:
 def load_qwen_vl(
     folder: str | Path,
     *,
-    dtype: jnp.dtype = jnp.float32,
-    param_dtype: jnp.dtype | None = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
     remat: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[QwenVL, Any]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from dreamlite_jax.models.qwen_vl import rope
 from dreamlite_jax.models.qwen_vl.config import QwenVLConfig
@@ -29,8 +30,8 @@ class QwenVL(nn.Module):
     """
 
     config: QwenVLConfig
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     remat: bool = False
     sharding: NamedSharding | None = None
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from dreamlite_jax.models.qwen_vl import layers, rope
 from dreamlite_jax.models.qwen_vl.config import TextTowerConfig
@@ -13,8 +14,8 @@ class TextAttention(nn.Module):
     """Grouped-query self-attention; q and k are normalised a head where the config says so, then rotated."""
 
     config: TextTowerConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -46,8 +47,8 @@ class GatedMLP(nn.Module):
     """SwiGLU without biases."""
 
     features: int
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
@@ -62,8 +63,8 @@ class TextLayer(nn.Module):
     """Pre-norm decoder layer."""
 
     config: TextTowerConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array, cos: Array, sin: Array, bias: Array) -> Array:
@@ -81,8 +82,8 @@ class TextTower(nn.Module):
     """
 
     config: TextTowerConfig
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     remat: bool = False
     sharding: jax.sharding.NamedSharding | None = None
 

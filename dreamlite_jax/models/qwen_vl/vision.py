@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from dreamlite_jax.models.qwen_vl import layers, rope
 from dreamlite_jax.models.qwen_vl.config import VisionTowerConfig
@@ -33,8 +34,8 @@ class VisionAttention(nn.Module):
     """Full self-attention over the patches of one image."""
 
     config: VisionTowerConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], cos: Array, sin: Array) -> Float[Array, "b n d"]:
@@ -50,8 +51,8 @@ class VisionMLP(nn.Module):
     """Two dense layers with the tanh form of GELU."""
 
     features: int
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -64,8 +65,8 @@ class VisionBlock(nn.Module):
     """Pre-norm transformer block."""
 
     config: VisionTowerConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array, cos: Array, sin: Array) -> Array:
@@ -84,8 +85,8 @@ class PatchMerger(nn.Module):
 
     config: VisionTowerConfig
     norm_after: bool
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b t o"]:
@@ -106,8 +107,8 @@ class VisionTower(nn.Module):
     """Images of one grid size to text tokens; attributes as in `QwenVL`."""
 
     config: VisionTowerConfig
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     remat: bool = False
     sharding: jax.sharding.NamedSharding | None = None
 
@@ -155,8 +156,8 @@ class PatchEmbed(nn.Module):
     """One dense layer on flattened patches."""
 
     config: VisionTowerConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, patches: Float[Array, "b n p"]) -> Float[Array, "b n d"]:
