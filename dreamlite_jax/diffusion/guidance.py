@@ -5,8 +5,6 @@ A branch says whether it sees the prompt and the source image. All branches of a
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from dreamlite_jax.types import Array, Float, Latent
 
 
@@ -42,8 +40,3 @@ def combine(velocities: Float[Array, "g b h w c"], guidance_scale: float, image_
             null, image, text = velocities
             return null + guidance_scale * (text - image) + image_guidance_scale * (image - null)
     raise ValueError(f"{velocities.shape[0]} branches; 1, 2 or 3 are defined")
-
-
-def stack_branches(plan: tuple[Branch, ...], text: Array, null_text: Array, *, of: str) -> Array:
-    """(len(plan), b, …) of `text` where the branch sees attribute `of` ("text" or "image"), else of `null_text`."""
-    return jnp.stack([text if getattr(branch, of) else jnp.broadcast_to(null_text, text.shape) for branch in plan])

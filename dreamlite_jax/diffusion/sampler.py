@@ -21,20 +21,32 @@ class Conditioning(NamedTuple):
     image: Float[Array, "g b h w c"]
 
 
+class TextStatesMask(NamedTuple):
+    """Encoded prompts of a batch."""
+
+    states: TextStates
+    mask: TextMask
+
+
 def condition(
     plan: Sequence[guidance.Branch],
-    text: TextStates,
-    mask: TextMask,
-    null_text: TextStates,
-    null_mask: TextMask,
+    prompt: TextStatesMask,
+    null: TextStatesMask,
     source: Latent,
+    null_with_image: TextStatesMask | None = None,
 ) -> Conditioning:
-    """Conditioning of a plan; `source` is the source's latents when editing and zeros when generating."""
-    plan = tuple(plan)
+    """Conditioning of a plan.
+
+    Args:
+      null: the empty prompt; `null_with_image` the same as an encoder that sees pictures encodes it beside the source.
+      source: the source's latents when editing, zeros when generating.
+    """
+    seen = [prompt if branch.text else (null_with_image or null) if branch.image else null for branch in plan]
+    images = [source if branch.image else panels.blank_like(source) for branch in plan]
     return Conditioning(
-        guidance.stack_branches(plan, text, null_text, of="text"),
-        guidance.stack_branches(plan, mask, null_mask, of="text"),
-        guidance.stack_branches(plan, source, panels.blank_like(source), of="image"),
+        jnp.stack([jnp.broadcast_to(text.states, prompt.states.shape) for text in seen]),
+        jnp.stack([jnp.broadcast_to(text.mask, prompt.mask.shape) for text in seen]),
+        jnp.stack(images),
     )
 
 

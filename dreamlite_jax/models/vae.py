@@ -21,7 +21,9 @@ class TinyBlock(nn.Module):
     def __call__(self, x: FeatureMap) -> FeatureMap:
         y = nn.relu(conv(self.width, 3, dtype=self.dtype, name="conv_0")(x))
         y = nn.relu(conv(self.width, 3, dtype=self.dtype, name="conv_2")(y))
-        return nn.relu(x + conv(self.width, 3, dtype=self.dtype, name="conv_4")(y))
+        # A small start lets each block begin as the identity; without norms the stack would train slowly otherwise.
+        start = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
+        return nn.relu(x + conv(self.width, 3, dtype=self.dtype, kernel_init=start, name="conv_4")(y))
 
 
 class Encoder(nn.Module):

@@ -1,0 +1,16 @@
+"""Latents and text states of one split of the sprites, for training.
+
+    python -m dreamlite_jax.precompute --config configs/precompute.py:t2i_64 --output runs/quickstart/latents/t2i
+    python -m dreamlite_jax.precompute --config configs/precompute.py:edit_64 --config.source.split=validation --output …
+
+Two CPU cores: about 300 records a second of t2i_64, 130 of edit_64.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(name: str = "t2i_64") -> ConfigDict:
+    """`name` is a data set: t2i_64, edit_64, …"""
+    c = ConfigDict()
+    c.source = ConfigDict({"path": "runs/quickstart/data", "name": name, "split": "train"})
+    return c

@@ -1,0 +1,170 @@
+"""The embedded benchmark: does the picture show what was asked, and does an edit change just that?
+
+Retrieval: a generated picture is right when its own scene's render is nearer to it than seven others', by mean squared
+pixel error; "random" distractors are other scenes of the benchmark, "hard" ones differ from it in one object, colour or
+place. Edit gain: within the region that the edit changes, the result is nearer to the target than the untouched source
+is. Unchanged PSNR: elsewhere, between result and source.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dreamlite_jax import pictures
+from dreamlite_jax.data.sprites import builder
+from dreamlite_jax.data.sprites.render import changed_region, render
+from dreamlite_jax.data.sprites.scenes import neighbours
+from dreamlite_jax.model import Model
+
+CHANCE = 1 / 8
+PSNR_CAP = 60.0  # dB of an item, so that a perfect one does not make the mean infinite
+GRID_ITEMS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a score was made; it stands beside every number."""
+
+    split: str
+    items: int
+    steps: int
+    size: int = 64
+    seed: int = 0  # of the items; picture i starts from noise seed i
+    batch_size: int = 50
+
+    def line(self, model: Model) -> str:
+        c = model.config
+        return (
+            f"sprites/{self.split}, {self.items} items a task, {self.size} px, {self.steps} Euler steps, guidance {c.guidance_scale} "
+            f"(image {c.image_guidance_scale}), EMA weights, noise seeds 0..{self.items - 1}, distance: mean squared pixel error"
+        )
+
+
+def evaluate(model: Model, protocol: Protocol, tasks: tuple[str, ...], output: Path | None = None) -> dict[str, Any]:
+    """Scores of the tasks ("generate", "edit"); with `output`, labelled grids are written there."""
+    report: dict[str, Any] = {"protocol": protocol.line(model)}
+    if "generate" in tasks:
+        items = list(builder.samples("t2i", protocol.split, protocol.items, protocol.seed))
+        made = run_batches(model, protocol, items, editing=False)
+        report["generate"] = score_generation(items, made, protocol)
+        if output:
+            save(output / f"generate_{protocol.split}.png", generation_grid(items, made, protocol))
+    if "edit" in tasks:
+        items = list(builder.samples("edit", protocol.split, protocol.items, protocol.seed))
+        made = run_batches(model, protocol, items, editing=True)
+        report["edit"] = score_edits(items, made, protocol)
+        if output:
+            save(output / f"edit_{protocol.split}.png", edit_grid(items, made, protocol))
+    return report
+
+
+def run_batches(model: Model, protocol: Protocol, items: list[builder.Sample], editing: bool) -> np.ndarray:
+    """(n, size, size, 3) uint8."""
+    made = []
+    for start in range(0, len(items), protocol.batch_size):
+        batch = items[start : start + protocol.batch_size]
+        sources = [Image.fromarray(render(item.source, protocol.size)) for item in batch] if editing else None
+        images = model.generate(
+            [item.text for item in batch],
+            images=sources,
+            steps=protocol.steps,
+            width=protocol.size,
+            height=protocol.size,
+            seeds=range(start, start + len(batch)),
+        )
+        made.append(pictures.to_uint8(images))
+    return np.concatenate(made)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean squared error of pixels in [0, 1]."""
+    return float(np.square((a.astype(np.float32) - b.astype(np.float32)) / 255.0).mean())
+
+
+def nearest(made: np.ndarray, truth: np.ndarray, others: list[np.ndarray]) -> bool:
+    """Whether `truth` is strictly nearer than each of `others`."""
+    return distance(made, truth) < min(distance(made, other) for other in others)
+
+
+def score_generation(items: list[builder.Sample], made: np.ndarray, protocol: Protocol) -> dict[str, Any]:
+    """retrieval_random, retrieval_hard and mean squared error, with the shares by tag."""
+    rng = np.random.default_rng(protocol.seed)
+    truths = [render(item.target, protocol.size) for item in items]
+    easy, hard = [], []
+    for i, item in enumerate(items):
+        others = rng.choice([j for j in range(len(items)) if items[j].target.key != item.target.key], 7, replace=False)
+        easy.append(nearest(made[i], truths[i], [truths[j] for j in others]))
+        hard.append(nearest(made[i], truths[i], [render(s, protocol.size) for s in neighbours(item.target, rng, 7)]))
+    return {
+        "retrieval_random": float(np.mean(easy)),
+        "retrieval_hard": float(np.mean(hard)),
+        "chance": CHANCE,
+        "mse": float(np.mean([distance(a, b) for a, b in zip(made, truths, strict=True)])),
+        "hard_by_tag": by_tag(items, hard),
+    }
+
+
+def score_edits(items: list[builder.Sample], made: np.ndarray, protocol: Protocol) -> dict[str, Any]:
+    """edit_gain and unchanged_psnr, with the gain by operation."""
+    gain, kept, gained_items = [], [], []
+    for item, result in zip(items, made, strict=True):
+        source, target = render(item.source, protocol.size), render(item.target, protocol.size)
+        region = changed_region(item.source, item.target, protocol.size)
+        if region.any():
+            gain.append(distance(result[region], target[region]) < distance(source[region], target[region]))
+            gained_items.append(item)
+        if not region.all():
+            psnr = pictures.psnr(result[~region], source[~region], value_range=255.0)
+            kept.append(min(psnr, PSNR_CAP))
+    return {
+        "edit_gain": float(np.mean(gain)),
+        "unchanged_psnr": float(np.mean(kept)),
+        "gain_by_operation": by_tag(gained_items, gain),
+    }
+
+
+def by_tag(items: list[builder.Sample], right: list[bool]) -> dict[str, float]:
+    tags = sorted({item.tag for item in items})
+    return {
+        tag: float(np.mean([ok for item, ok in zip(items, right, strict=True) if item.tag == tag])) for tag in tags
+    }
+
+
+def generation_grid(items: list[builder.Sample], made: np.ndarray, protocol: Protocol) -> np.ndarray:
+    """Result above truth, captions below, two rows of items."""
+    return rows_of(items, [("result", made), ("truth", render_all(items, "target", protocol))], protocol)
+
+
+def edit_grid(items: list[builder.Sample], made: np.ndarray, protocol: Protocol) -> np.ndarray:
+    """Source, result and target under each other, instructions below."""
+    sources, targets = render_all(items, "source", protocol), render_all(items, "target", protocol)
+    return rows_of(items, [("source", sources), ("result", made), ("target", targets)], protocol)
+
+
+def render_all(items: list[builder.Sample], field: str, protocol: Protocol) -> np.ndarray:
+    return np.stack([render(getattr(item, field), protocol.size) for item in items[:GRID_ITEMS]])
+
+
+def rows_of(items: list[builder.Sample], rows: list[tuple[str, np.ndarray]], protocol: Protocol) -> np.ndarray:
+    half = GRID_ITEMS // 2
+    return pictures.stack(
+        [
+            pictures.grid(
+                [images[start : start + half] for _, images in rows],
+                row_titles=[name for name, _ in rows],
+                captions=[item.text for item in items[start : start + half]],
+                title=f"{protocol.split}, items {start} to {start + half - 1}",
+            )
+            for start in range(0, min(GRID_ITEMS, len(items)), half)
+        ]
+    )
+
+
+def save(path: Path, grid: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid).save(path)
+
+

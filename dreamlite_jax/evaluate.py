@@ -1,0 +1,50 @@
+"""Scores a model: python -m dreamlite_jax.evaluate --model DIR --benchmark sprites --output DIR [--split validation heldout]."""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreamlite_jax import cli
+from dreamlite_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dreamlite_jax.evaluate", description=__doc__)
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--benchmark", required=True, choices=["sprites"])
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--split", nargs="+", default=["validation"], choices=["validation", "heldout"])
+    parser.add_argument("--task", nargs="+", default=["generate", "edit"], choices=["generate", "edit"])
+    parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=12)
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if args.items < 8:
+        raise UserError(f"--items is {args.items}; retrieval among 8 needs at least 8")
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise UserError(f"--output {args.output} is not an empty folder; choose another")
+
+    from dreamlite_jax import load_model
+    from dreamlite_jax.evals.sprites import Protocol, evaluate
+
+    model = load_model(args.model)
+    partial = args.output.with_name(args.output.name + ".partial")  # renamed when whole
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    report = {split: evaluate(model, Protocol(split, args.items, args.steps), tuple(args.task), partial) for split in args.split}
+    for split, scores in report.items():
+        print(f"{split}: {scores['protocol']}")
+        for task in args.task:
+            numbers = {k: v for k, v in scores[task].items() if isinstance(v, float)}
+            print(f"  {task}: " + "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+    (partial / "report.json").write_text(json.dumps(report, indent=1))
+    if args.output.is_dir():
+        args.output.rmdir()
+    partial.rename(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

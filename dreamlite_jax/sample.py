@@ -1,0 +1,102 @@
+"""Generates or edits: python -m dreamlite_jax.sample --model DIR --prompt TEXT [--image PNG] --output PNG."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreamlite_jax import cli
+from dreamlite_jax.errors import UserError
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m dreamlite_jax.sample", description=__doc__)
+    parser.add_argument("--model", required=True, type=Path, help="model folder, or the workdir of a training run")
+    parser.add_argument("--prompt", required=True, help="what to draw, or with --image what to change")
+    parser.add_argument("--image", type=Path, help="source of an edit")
+    parser.add_argument("--output", required=True, type=Path, help="PNG; with several images a number is added")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance_scale", type=float, help="1 or less: none")
+    parser.add_argument("--image_guidance_scale", type=float)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next ones count up")
+    parser.add_argument("--num_images", type=int, default=1)
+    parser.add_argument("--preview", type=Path, help="folder for the picture predicted at each step")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Everything that can be wrong before the model is loaded."""
+    from dreamlite_jax.config import check_image_size
+    from dreamlite_jax.model_folder import load_config
+    from dreamlite_jax.text.templates import clean_prompt
+    from dreamlite_jax.training.stages.flow_matching import model_of
+
+    clean_prompt("edit" if args.image else "generate", args.prompt)
+    config = load_config(model_of(str(args.model)))
+    check_image_size(config, args.width or config.native_size, args.height or config.native_size)
+    for name, least in (("steps", 1), ("num_images", 1), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}")
+    if args.output.suffix.lower() != ".png":
+        raise UserError(f"--output {args.output} must end in .png: the settings are stored in the file as PNG metadata")
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder; name a file in it")
+    if args.preview and args.preview.exists() and (not args.preview.is_dir() or any(args.preview.iterdir())):
+        raise UserError(f"--preview {args.preview} is not an empty folder; choose another")
+    for path in filter(None, (args.output.parent, args.preview)):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path} cannot be created ({error.strerror}); choose a folder that can be written") from error
+
+
+def outputs(output: Path, count: int) -> list[Path]:
+    """One path an image: the given one, or numbered ones."""
+    return [output] if count == 1 else [output.with_stem(f"{output.stem}_{i:02d}") for i in range(count)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    check(args)
+    from dreamlite_jax import load_model, pictures
+
+    image = pictures.read_picture(args.image) if args.image else None
+    model = load_model(args.model)
+    started = time.monotonic()
+    seeds = [args.seed + i for i in range(args.num_images)]
+    result = model.run(
+        [args.prompt] * args.num_images,
+        images=[image] * args.num_images if image else None,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        image_guidance_scale=args.image_guidance_scale,
+        width=args.width,
+        height=args.height,
+        seeds=seeds,
+    )
+    config = model.config
+    settings = {
+        "prompt": args.prompt,
+        "image": str(args.image) if args.image else None,
+        "steps": args.steps or config.steps,
+        "guidance_scale": config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+        "image_guidance_scale": config.image_guidance_scale if args.image_guidance_scale is None else args.image_guidance_scale,
+        "model": str(args.model),
+    }
+    for path, pixels, seed in zip(outputs(args.output, args.num_images), result.images, seeds, strict=True):
+        pictures.save_png(path, pixels, {"dreamlite_jax": json.dumps({**settings, "seed": seed})})
+        print(path)
+    if args.preview:
+        for step, latents in enumerate(result.trajectory):
+            pictures.save_png(args.preview / f"step_{step:02d}.png", model.decode_latents(latents)[0], {})
+    print(f"{args.num_images} image(s) in {time.monotonic() - started:.1f}s, compilation included", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

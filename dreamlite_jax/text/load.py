@@ -1,0 +1,30 @@
+"""The prompt encoder that a config names."""
+
+from dreamlite_jax.config import TextConfig
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.text.encoder import PromptEncoder
+
+
+def load_encoder(config: TextConfig) -> PromptEncoder:
+    """Loads the encoder and checks that its weights are the ones the network was trained with.
+
+    Raises:
+      UserError: the weights are missing, or differ from `config.sha256`.
+    """
+    if config.encoder == "qwen3_vl":
+        from dreamlite_jax.text.qwen_encoder import QwenEncoder
+
+        return QwenEncoder.load(config.source)
+    from dreamlite_jax.models.minilm import load_minilm, minilm_directory, weights_sha256
+    from dreamlite_jax.text.minilm_encoder import MiniLMEncoder
+
+    directory = minilm_directory()
+    found = weights_sha256(directory)
+    if config.sha256 and found != config.sha256:
+        raise UserError(
+            f"text.sha256: the encoder's weights in {config.source} have sha256 {found[:12]}…, but the model was trained with "
+            f"{config.sha256[:12]}…; install the version it names"
+        )
+    _, params = load_minilm(directory)
+    buckets = tuple(n for n in (16, 32, 48, 64, 128, 256) if n < config.max_length) + (config.max_length,)
+    return MiniLMEncoder(params, max_length=config.max_length, buckets=buckets)

@@ -1,0 +1,198 @@
+"""Training configs: `ml_collections` files become frozen dataclasses here, once; nothing else reads a ConfigDict."""
+
+import ast
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import ml_collections
+
+from dreamlite_jax.config import ModelConfig, TextConfig, from_dict, suggestion
+from dreamlite_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with clipping, warmup and an exponential moving average of the parameters."""
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 1000
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    final_fraction: float = 0.0  # of the learning rate, at the last step of a decay
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    ema_decay: float = 0.9999
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture: a folder of precomputed latents, or split `split` of data set `name` (t2i_64, …) in a folder."""
+
+    path: str
+    weight: float = 1.0
+    name: str = ""
+    split: str = "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a stage reads. `batch_size` is the global batch over all hosts."""
+
+    sources: tuple[SourceConfig, ...]
+    batch_size: int
+    validation: tuple[SourceConfig, ...] = ()
+    text_length: int = 64
+    threads: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """Flow matching: the sigma sampler, condition drops and the edit loss (spec section 6)."""
+
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    text_drop: float = 0.1
+    image_drop: float = 0.1
+    region_weight: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Autoencoder training: weights of the loss terms and the noise that makes the decoder forgive small errors."""
+
+    latent_noise: float = 0.1
+    squared_weight: float = 4.0
+    latent_weight: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along (data, fsdp); data 0 means all that fsdp leaves."""
+
+    data: int = 0
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training.
+
+    `init_from` is a model folder (also a workdir, whose exported model is meant); without it the network starts from
+    random weights. `vae` is the autoencoder file that latents were made with ("" means the one shipped with the package).
+    """
+
+    stage: Literal["flow_matching", "vae"]
+    model: ModelConfig
+    data: DataConfig
+    steps: int
+    optim: OptimConfig = OptimConfig()
+    flow: FlowConfig = FlowConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    mesh: MeshConfig = MeshConfig()
+    init_from: str = ""
+    vae: str = ""
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    log_every: int = 50
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    grid_every: int = 1000
+    grid_items: int = 8
+    grid_steps: int = 20
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "grid_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.data.batch_size < 1:
+            raise UserError(f"data.batch_size is {self.data.batch_size}; it must be at least 1")
+        if not self.data.sources:
+            raise UserError("data.sources is empty; it needs at least one source to train on")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecomputeConfig:
+    """What `precompute` encodes: one split of one data set, with one autoencoder and one text encoder."""
+
+    source: SourceConfig
+    vae: str = ""
+    text: TextConfig = TextConfig()
+    batch_size: int = 64
+    shard_size: int = 4096
+
+
+ConfigT = TypeVar("ConfigT", TrainConfig, PrecomputeConfig)
+
+
+def load_config(location: str, overrides: Sequence[str] = (), cls: type[ConfigT] = TrainConfig) -> ConfigT:
+    """The config of `path.py[:arg]` with overrides `field.name=value`, validated.
+
+    The file defines `get_config()` or `get_config(arg)` returning a ConfigDict.
+
+    Raises:
+      UserError: no such file, a file without `get_config`, a wrong argument, an unknown field or a bad value.
+    """
+    mapping = read_config_file(location)
+    for override in overrides:
+        _override(mapping, override, cls)
+    return from_dict(cls, mapping, "config")
+
+
+def read_config_file(location: str) -> dict[str, Any]:
+    """Plain nested dict of what a config file returns."""
+    path, _, argument = location.partition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"--config {path}: no such file; configs are Python files such as configs/quickstart.py")
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config {path}: the file defines no get_config()")
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except KeyError as error:
+        raise UserError(f"--config {location}: {error.args[0]}") from error
+    return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+
+
+def _override(mapping: dict[str, Any], override: str, cls: type) -> None:
+    name, separator, text = override.partition("=")
+    if not separator:
+        raise UserError(f"--config.{override}: an override is written --config.{name}=VALUE")
+    *parents, leaf = name.split(".")
+    node: Any = mapping
+    for i, key in enumerate([*parents, leaf]):
+        if not isinstance(node, dict | list | tuple):
+            raise UserError(f"config.{name} is not a known field; config.{'.'.join(parents[:i])} has no fields")
+        known = node if isinstance(node, dict) else [str(i) for i in range(len(node))]
+        if key not in known:
+            if isinstance(node, dict) and _is_default_field(cls, parents[:i], key):
+                if i < len(parents):
+                    node = node.setdefault(key, {})
+                continue
+            raise UserError(f"config.{name} is not a known field{suggestion(key, known)}")
+        if i < len(parents):
+            node = node[key] if isinstance(node, dict) else node[int(key)]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(node, dict):
+        node[leaf] = value
+    else:
+        raise UserError(f"config.{name}: override a field of an entry, such as config.{name}.path")
+
+
+def _is_default_field(cls: Any, parents: Sequence[str], key: str) -> bool:
+    """Whether `key` is a field that the file left at its default."""
+    for parent in parents:
+        if not dataclasses.is_dataclass(cls):
+            return False
+        cls = {f.name: f.type for f in dataclasses.fields(cls)}.get(parent)
+    return dataclasses.is_dataclass(cls) and key in {f.name for f in dataclasses.fields(cls)}

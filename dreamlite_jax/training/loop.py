@@ -1,0 +1,154 @@
+"""The one training loop. A stage gives it parameters, a loss, data, grids and an export; the loop does the rest."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+from PIL import Image
+
+from dreamlite_jax.config import to_dict
+from dreamlite_jax.training import optim, sharding
+from dreamlite_jax.training import state as train_state
+from dreamlite_jax.training.checkpoint import Checkpoints
+from dreamlite_jax.training.config import TrainConfig
+from dreamlite_jax.training.metrics import Clock, Metrics, duration
+
+
+class Stage(Protocol):
+    """What a kind of training is to the loop."""
+
+    def init_params(self, key: jax.Array) -> Any:
+        """Parameters to start from, random or from `config.init_from`."""
+
+    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(loss, metrics) of a global batch; pure, traced once."""
+
+    def dataset(self) -> grain.IterDataset:
+        """Endless batches of this host, as dicts of numpy arrays; its iterator can be saved and restored."""
+
+    def grid(self, params: Any) -> np.ndarray:
+        """Labelled picture of fixed items, (H, W, 3) uint8."""
+
+    def export(self, params: Any, directory: Path, provenance: dict[str, Any]) -> None:
+        """Writes what the stage is for, with the averaged parameters."""
+
+
+def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
+    """Trains to `config.steps` and exports; run again it goes on from the last checkpoint, or says that it is done.
+
+    Returns:
+      The exported artefact, `workdir/model`.
+    """
+    export = workdir / "model"
+    if export.exists():
+        print(f"{export} exists: this run is complete", file=sys.stderr)
+        return export
+    clock = Clock()
+    config_record = to_dict(config)
+
+    # 1. Devices and state. Shapes first, so that parameters are born where they belong.
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        key = jax.random.key(config.seed)
+        optimizer = optim.optimizer(config.optim, config.steps)
+        create = jax.jit(lambda params: train_state.create(params, optimizer))
+        state = create(stage.init_params(key))
+        placement = sharding.state_sharding(mesh, state)
+        state = jax.device_put(state, placement)
+        print(f"{config.stage}: {_count(state.params) / 1e6:.2f} M parameters on {mesh.devices.size} device(s)", file=sys.stderr)
+
+        # 2. Resume. In this order: checkpoint, iterator, clock, then the metrics file is cut back to the restored step.
+        checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+        iterator = iter(stage.dataset())
+        start = checkpoints.latest_step() or 0
+        if start:
+            state, meta = checkpoints.restore(start, state, iterator, config_record["model"])
+            clock.restore(meta["clock"])
+            print(f"resumed from step {start}", file=sys.stderr)
+        metrics = Metrics(workdir, start)
+
+        # 3. The step, compiled before the first batch so that its time is known.
+        batch_sharding = sharding.batch_sharding(mesh)
+        step_fn = train_state.make_step(stage.loss, config.optim, config.steps, config.seed)
+        jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh)))
+        clock.paused()
+        batch = sharding.global_batch(next(iterator), batch_sharding) if start < config.steps else None
+        if batch is not None:
+            jitted = jitted.lower(state, batch).compile()
+        clock.compiled()
+
+        # 4. Steps. Nothing below waits for the device except every `log_every` steps.
+        last_logged = start
+        for step in range(start + 1, config.steps + 1):
+            state, values = jitted(state, batch)
+            metrics.add(step, values)
+            saving = step % config.checkpoint_every == 0 or step == config.steps
+            position = iterator.get_state() if saving else None  # before the next batch is taken
+            if step < config.steps:
+                batch = sharding.global_batch(next(iterator), batch_sharding)
+            logging = step % config.log_every == 0 or step == config.steps
+            if logging or saving:
+                means = metrics.flush()
+                if logging:
+                    clock.trained(step - last_logged)
+                    last_logged = step
+                    clock.progress(step, config.steps, config.data.batch_size, means)
+            if saving:
+                checkpoints.save(step, state, position, {"model": config_record["model"], "config": config_record, "clock": clock.state()})
+                if logging:
+                    clock.paused()
+            if step % config.grid_every == 0 or step == config.steps:
+                save_grid(stage.grid(state.ema), workdir, step, metrics)
+                if logging:
+                    clock.paused()
+
+        # 5. Export the averaged parameters.
+        checkpoints.wait()
+        provenance = {"config": config_record, "steps": config.steps, "clock": clock.state(), "written": time.strftime("%F")}
+        stage.export(jax.device_get(state.ema), export, provenance)
+        checkpoints.close()
+        metrics.close()
+    seconds = clock.state()
+    print(
+        f"done: {config.steps} steps, trained {duration(seconds['train'])}, compiled {duration(seconds['compile'])}, "
+        f"paused {duration(seconds['pause'])}; model in {export}",
+        file=sys.stderr,
+    )
+    return export
+
+
+def save_grid(picture: np.ndarray, workdir: Path, step: int, metrics: Metrics) -> None:
+    """`workdir/grids/step_N.png`, and TensorBoard."""
+    directory = workdir / "grids"
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / f"step_{step:06d}.png"
+    temporary = target.with_suffix(".tmp")
+    Image.fromarray(picture).save(temporary, format="png")
+    os.replace(temporary, target)
+    metrics.add_image("samples", picture, step)
+
+
+def _count(params: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def check(config: TrainConfig, stage: Stage) -> list[str]:
+    """Builds everything but runs no step: parameters by shape, one real batch, the step's shapes. What it found, in lines."""
+    params = jax.eval_shape(stage.init_params, jax.random.key(config.seed))
+    optimizer = optim.optimizer(config.optim, config.steps)
+    state = jax.eval_shape(lambda p: train_state.create(p, optimizer), params)
+    batch = next(iter(stage.dataset()))
+    step_fn = train_state.make_step(stage.loss, config.optim, config.steps, config.seed)
+    _, values = jax.eval_shape(step_fn, state, batch)
+    shapes = ", ".join(f"{name} {tuple(np.shape(value))}" for name, value in batch.items())
+    return [
+        f"config: stage {config.stage}, {config.steps} steps, batch {config.data.batch_size}",
+        f"parameters: {_count(params):,}",
+        f"batch: {shapes}",
+        f"metrics: {', '.join(values)}",
+    ]

@@ -1,0 +1,88 @@
+"""Training of the tiny autoencoder, for data that the released one does not fit (small pictures, more channels)."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from dreamlite_jax import pictures
+from dreamlite_jax.models.vae import VAE
+from dreamlite_jax.training.config import TrainConfig
+
+
+class VAEStage:
+    """Reconstruction under latent noise, with latents held at zero mean and unit variance a channel."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.model = VAE(config.model.vae)
+
+    def init_params(self, key: jax.Array) -> Any:
+        size = 8 * self.config.model.vae.downsampling
+        return jax.jit(self.model.init)(key, jnp.zeros((1, size, size, 3)))["params"]
+
+    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Absolute and squared error of pixels, plus the distance of the latents' moments from (0, 1)."""
+        weights, images = self.config.autoencoder, batch["image"]
+        variables = {"params": params}
+        latents = self.model.apply(variables, images, method="encode")
+        mean, std = latents.mean((0, 1, 2)), latents.std((0, 1, 2))
+        moments = jnp.square(mean).mean() + jnp.square(std - 1.0).mean()
+        level_key, noise_key = jax.random.split(key)
+        level = weights.latent_noise * jax.random.uniform(level_key, (images.shape[0], 1, 1, 1))
+        noisy = latents + level * jax.random.normal(noise_key, latents.shape)
+        error = self.model.apply(variables, noisy, method="decode") - images
+        absolute, squared = jnp.abs(error).mean(), jnp.square(error).mean()
+        psnr = -10.0 * jnp.log10(squared / 4.0)
+        loss = absolute + weights.squared_weight * squared + weights.latent_weight * moments
+        return loss, {"psnr": psnr, "latent_std": std.mean(), "latent_moments": moments}
+
+    def dataset(self) -> grain.IterDataset:
+        data = self.config.data
+        streams = [
+            grain.MapDataset.source(open_images(source.path, source.name, source.split)).seed(self.config.seed + i)
+            .shuffle().repeat().map(decode_image)
+            for i, source in enumerate(data.sources)
+        ]  # fmt: skip
+        stream = grain.MapDataset.mix(streams, [source.weight for source in data.sources]) if len(streams) > 1 else streams[0]
+        stream = stream[jax.process_index() :: jax.process_count()].batch(data.batch_size // jax.process_count())
+        return stream.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * data.threads))
+
+    def grid(self, params: Any) -> np.ndarray:
+        """Pictures of the validation split above their reconstructions, with the PSNR of each."""
+        source = (self.config.data.validation or self.config.data.sources)[0]
+        records = open_images(source.path, source.name, source.split)
+        images = np.stack([decode_image(records[i])["image"] for i in range(self.config.grid_items)])
+        decoded = np.clip(np.asarray(jax.jit(self.model.apply)({"params": params}, images)), -1, 1)
+        psnr = [pictures.psnr(a, b) for a, b in zip(images, decoded, strict=True)]
+        return pictures.grid(
+            [pictures.to_uint8(images), pictures.to_uint8(decoded)],
+            row_titles=["picture", "decoded"],
+            captions=[f"{value:.1f} dB" for value in psnr],
+        )
+
+    def export(self, params: Any, directory: Path, provenance: dict[str, Any]) -> None:
+        from dreamlite_jax.model_folder import save_vae
+
+        directory.mkdir(parents=True, exist_ok=True)
+        save_vae(directory / "vae.safetensors", self.config.model.vae, params, provenance)
+
+
+def open_images(path: str, name: str, split: str):
+    """Random-access PNG bytes of a sprites data set (`name` such as edit_64): targets, and sources where there are any."""
+    from dreamlite_jax.data.sprites import builder
+
+    task, _, size = name.partition("_")
+    return builder.open_split(path, task, int(size), split)
+
+
+def decode_image(record: dict[str, Any]) -> dict[str, np.ndarray]:
+    """{"image": (H, W, 3) float32 in [-1, 1]} of a record's target."""
+    with Image.open(io.BytesIO(record["target"])) as picture:
+        pixels = np.asarray(picture.convert("RGB"), np.float32)
+    return {"image": pixels / 127.5 - 1.0}
