@@ -1,7 +1,7 @@
-"""The start noise of the JAX sampler, bit for bit in numpy, so that a seed gives one image on every runtime.
+"""The start noise of the JAX sampler, in numpy, so that a seed gives one image on every runtime.
 
-`jax.random.normal(jax.random.key(seed), shape)` is: Threefry-2x32 (Salmon et al. 2011, "Parallel random numbers: as easy
-as 1, 2, 3", 20 rounds) of the counter, its two words xored; the upper 23 bits as a uniform in (-1, 1); sqrt(2) erfinv.
+`jax.random.normal(jax.random.key(seed), shape)` is: Threefry-2x32 of the counter (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3", 20 rounds), its words xored; the upper 23 bits as a uniform in (-1, 1); sqrt(2) erfinv.
 """
 
 import numpy as np

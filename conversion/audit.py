@@ -1,0 +1,135 @@
+"""What is inside a .tflite file: operations by kind, and whatever a phone's delegates are known to refuse outright."""
+
+import collections
+import dataclasses
+import json
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dreamlite_jax.errors import UserError
+
+MAX_DIMENSIONS = 4
+WIDE_TYPES = ("INT64", "UINT64", "FLOAT64", "COMPLEX64", "COMPLEX128")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation: its kind, the layer that made it (from the name of its output) and its tensors."""
+
+    kind: str
+    layer: str
+    inputs: tuple["Tensor", ...]
+    outputs: tuple["Tensor", ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a graph; `constant` says whether its values are in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    dynamic: bool
+    constant: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """Findings on one file.
+
+    Attributes:
+      ops: count by kind, over all subgraphs.
+      faults: sentences, each naming the layer; empty for a file that every delegate can at least read.
+    """
+
+    file_bytes: int
+    ops: dict[str, int]
+    faults: tuple[str, ...]
+
+
+def audit(path: str | Path) -> Audit:
+    """Counts a file's operations and names custom and FLEX ops, more than four dimensions, dynamic and 64-bit tensors.
+
+    Raises:
+      UserError: the file is not a LiteRT model.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    faults: dict[str, None] = {}  # in order, each once
+    for operation in operations(path):
+        counts[operation.kind] += 1
+        where = f"in {operation.layer}"
+        if operation.kind.startswith(("CUSTOM", "FLEX", "STABLEHLO_")):
+            faults[f"{operation.kind} is no builtin operation, {where}"] = None
+        for tensor in (*operation.inputs, *operation.outputs):
+            if len(tensor.shape) > MAX_DIMENSIONS:
+                faults[f"{operation.kind} has a tensor of {len(tensor.shape)} dimensions {tensor.shape}, {where}"] = (
+                    None
+                )
+            if tensor.dtype in WIDE_TYPES:
+                faults[f"{operation.kind} has a tensor of {tensor.dtype}, {where}"] = None
+            if tensor.dynamic:
+                faults[f"{operation.kind} has a tensor without a static shape, {where}"] = None
+    return Audit(Path(path).stat().st_size, dict(counts.most_common()), tuple(faults))
+
+
+def operations(path: str | Path) -> Iterator[Operation]:
+    """Every operation of every subgraph, in order."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    kinds = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
+    types = {v: k for k, v in vars(schema.TensorType).items() if isinstance(v, int)}
+    model = _read(path)
+
+    def kind(index: int) -> str:
+        code = model.OperatorCodes(index)
+        builtin = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
+        if builtin != schema.BuiltinOperator.CUSTOM:
+            return kinds[builtin]
+        name = (code.CustomCode() or b"").decode()
+        return name.upper() if name.startswith("Flex") else f"CUSTOM:{name}"
+
+    def tensor(graph: Any, index: int) -> Tensor:
+        t = graph.Tensors(index)
+        signature = [t.ShapeSignature(i) for i in range(t.ShapeSignatureLength())]
+        buffer = model.Buffers(t.Buffer())
+        return Tensor(
+            (t.Name() or b"").decode(),
+            tuple(t.Shape(i) for i in range(t.ShapeLength())),
+            types[t.Type()],
+            any(size < 0 for size in signature),
+            buffer.DataLength() > 0 or buffer.Size() > 0,
+        )
+
+    for g in range(model.SubgraphsLength()):
+        graph = model.Subgraphs(g)
+        for i in range(graph.OperatorsLength()):
+            op = graph.Operators(i)
+            inputs = tuple(tensor(graph, op.Inputs(k)) for k in range(op.InputsLength()) if op.Inputs(k) >= 0)
+            outputs = tuple(tensor(graph, op.Outputs(k)) for k in range(op.OutputsLength()))
+            yield Operation(kind(op.OpcodeIndex()), outputs[0].name if outputs else "?", inputs, outputs)
+
+
+def read_metadata(path: str | Path, name: str = "dreamlite") -> dict[str, Any]:
+    """The JSON that `litert.convert` embedded. Raises `UserError` when there is none."""
+    model = _read(path)
+    for i in range(model.MetadataLength()):
+        entry = model.Metadata(i)
+        if entry.Name() == name.encode():
+            data = model.Buffers(entry.Buffer()).DataAsNumpy().tobytes()
+            return json.loads(data.rstrip(b"\0"))
+    raise UserError(f"{path} has no metadata {name!r}; it must be a file written by conversion.to_litert")
+
+
+def _read(path: str | Path) -> Any:
+    from ai_edge_litert import schema_py_generated as schema
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    with path.open("rb") as file:
+        if file.read(8)[4:] != b"TFL3":
+            raise UserError(f"{path} is not a LiteRT model: it does not begin with TFL3")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return schema.Model.GetRootAs(data, 0)

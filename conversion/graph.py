@@ -1,0 +1,165 @@
+"""The export form of a model's components: static shapes, the same weights, the same numbers as the flax modules.
+
+A `Graph` is a pure function of weights and named inputs, ready for a converter. Every shape is fixed by flags, every
+tensor has at most four dimensions, and nothing in it is 64-bit.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import jax
+
+from dreamlite_jax.config import ModelConfig, check_image_size
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.models.blocks import MASK_BIAS
+from dreamlite_jax.models.minilm import MiniLMConfig
+
+from . import graph_text, graph_unet, graph_vae
+from .graph_ops import Node, export_layout
+
+Component = Literal["unet", "vae_encoder", "vae_decoder", "text"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """One input or output of a graph."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    meaning: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A component with static shapes.
+
+    Attributes:
+      params: weights in export layout (`graph_ops.export_layout`).
+      apply: (params, *inputs in the order of `inputs`) -> output.
+    """
+
+    component: Component
+    inputs: tuple[Port, ...]
+    output: Port
+    params: Mapping[str, Any]
+    apply: Callable[..., jax.Array]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The static shapes of an export.
+
+    Attributes:
+      height, width: pixels of one panel.
+      text_length: tokens a prompt is padded to.
+      batch: rows of every input; guidance branches can be rows of one call or calls of one row.
+      attention_chunk: query rows computed at a time, 0 for all; bounds the memory of the attention scores.
+    """
+
+    height: int
+    width: int
+    text_length: int
+    batch: int = 1
+    attention_chunk: int = 0
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `UserError` for a shape that the network cannot take."""
+        check_image_size(config, self.width, self.height)
+        if not 1 <= self.text_length <= config.text.max_length:
+            raise UserError(
+                f"text_length is {self.text_length}; this model was trained with prompts of 1 to "
+                f"{config.text.max_length} tokens"
+            )
+        if self.batch < 1:
+            raise UserError(f"batch is {self.batch}; it must be at least 1")
+        if self.attention_chunk < 0:
+            raise UserError(f"attention_chunk is {self.attention_chunk}; it must be 0 (all rows at once) or positive")
+
+    def latent(self, config: ModelConfig) -> tuple[int, int]:
+        """Latent height and width of one panel."""
+        return self.height // config.vae.downsampling, self.width // config.vae.downsampling
+
+
+def build(
+    component: Component, config: ModelConfig, params: dict[str, Any], sizes: Sizes, text: MiniLMConfig | None = None
+) -> Graph:
+    """The graph of one component.
+
+    Args:
+      params: the flax parameter tree of U-Net, VAE or text encoder; emptied on the way.
+      text: config of the text encoder; needed for component "text".
+
+    Raises:
+      UserError: sizes the network cannot take.
+    """
+    sizes.check(config)
+    if component == "unet":
+        return _unet(config, params, sizes)
+    if component == "text":
+        return _text(text or MiniLMConfig(), params, sizes)
+    return _vae(component, config, params, sizes)
+
+
+def _unet(config: ModelConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
+    unet, b, s = config.unet, sizes.batch, sizes.text_length
+    h, w = sizes.latent(config)
+    columns = 2 * w if unet.condition_layout == "width" else w
+    layout = "[noisy target | condition] joined on " + unet.condition_layout
+    inputs = (
+        Port("sample", (b, h, columns, unet.in_channels), "float32", f"latent canvas, {layout}"),
+        Port(
+            "time_features",
+            (b, unet.block_out_channels[0]),
+            "float32",
+            "[cos, sin] of t / 10000^(i/half), t = 1000 sigma, i = 0..half-1",
+        ),
+        Port(
+            "size_features",
+            (b, 2 * unet.size_embed_dim),
+            "float32",
+            "the same of the panel's width in pixels, then of its height",
+        ),
+        Port("text", (b, s, unet.text_dim), "float32", "states of the text encoder; zeros at padding"),
+        Port("text_bias", (b, s), "float32", f"0 for a token, {MASK_BIAS:g} for padding"),
+    )
+    output = Port("velocity", (b, h, columns, unet.out_channels), "float32", "of the canvas; use the target's half")
+
+    def apply(params: Any, *args: jax.Array) -> jax.Array:
+        return graph_unet.unet(Node("unet", params), unet, *args, attention_chunk=sizes.attention_chunk)
+
+    return Graph("unet", inputs, output, export_layout(params), apply)
+
+
+def _vae(component: Component, config: ModelConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
+    part = component.removeprefix("vae_")
+    h, w = sizes.latent(config)
+    image = Port("image", (sizes.batch, sizes.height, sizes.width, 3), "float32", "RGB in [-1, 1]")
+    latent = Port("latents", (sizes.batch, h, w, config.vae.latent_channels), "float32", "normalised latents")
+    params = {part: export_layout(params[part])}
+    if component == "vae_encoder":
+        return Graph(component, (image,), latent, params, lambda p, x: graph_vae.encode(Node("vae", p), config.vae, x))
+    return Graph(component, (latent,), image, params, lambda p, x: graph_vae.decode(Node("vae", p), config.vae, x))
+
+
+def _text(config: MiniLMConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
+    b, s = sizes.batch, sizes.text_length
+    graph_text.fold_positions(params, s)
+    inputs = (
+        Port("token_ids", (b, s), "int32", "[CLS] words [SEP], padded with [PAD]"),
+        Port("text_bias", (b, s), "float32", f"0 for a token, {MASK_BIAS:g} for padding"),
+    )
+    output = Port("states", (b, s, config.hidden_size), "float32", "last hidden states; set those of padding to zero")
+    return Graph(
+        "text",
+        inputs,
+        output,
+        export_layout(params),
+        lambda p, *args: graph_text.minilm(Node("text", p), config, *args),
+    )

@@ -1,0 +1,168 @@
+"""Operations of the export form: what a mobile runtime has a kernel for, in tensors of at most four dimensions.
+
+They compute what `dreamlite_jax.models.blocks` computes, from the same weights laid out as LiteRT stores them: dense
+kernels (out, in), convolutions (out, h, w, in), so that the converter has no large constants to transpose.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamlite_jax.models import blocks
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One module of the parameter tree: its name, and its children or arrays."""
+
+    name: str
+    tree: Mapping[str, Any]
+
+    def sub(self, name: str) -> "Node":
+        return Node(name, self.tree[name])
+
+    def __getitem__(self, leaf: str) -> Array:
+        return self.tree[leaf]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tree
+
+
+def scoped(function: Callable) -> Callable:
+    """Names every operation inside after the module, so that a report can say which layer made an op."""
+
+    @functools.wraps(function)
+    def run(node: Node, *args: Any, **kwargs: Any) -> Any:
+        with jax.named_scope(node.name):
+            return function(node, *args, **kwargs)
+
+    return run
+
+
+def export_layout(tree: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """The parameter tree in LiteRT's layouts; `tree` is emptied on the way, so that weights are held once.
+
+    The GEGLU projection becomes two dense layers, value and gate, because splitting an activation costs a copy.
+    """
+    out: dict[str, Any] = {}
+    for key in list(tree):
+        value = tree.pop(key)
+        if not isinstance(value, Mapping):
+            out[key] = _leaf(np.asarray(value), key, name)
+        elif name == "net_0" and key == "proj":
+            kernels = np.split(np.asarray(value["kernel"]), 2, axis=1)
+            biases = np.split(np.asarray(value["bias"]), 2)
+            for part, kernel, bias in zip(("value", "gate"), kernels, biases, strict=True):
+                out[part] = {"kernel": np.ascontiguousarray(kernel.T), "bias": bias.copy()}
+        else:
+            out[key] = export_layout(value, key)
+    return out
+
+
+def _leaf(array: np.ndarray, key: str, module: str) -> np.ndarray:
+    if key == "kernel" and array.ndim == 2:
+        array = array.T
+    elif key == "kernel" and array.ndim == 4 and module != "depthwise":
+        array = array.transpose(3, 0, 1, 2)
+    return np.ascontiguousarray(array)
+
+
+# --- layers
+
+
+@scoped
+def dense(node: Node, x: Array) -> Array:
+    """Linear layer over the last axis (FULLY_CONNECTED)."""
+    y = jax.lax.dot_general(x, node["kernel"], (((x.ndim - 1,), (1,)), ((), ())))
+    return y + node["bias"] if "bias" in node else y
+
+
+@scoped
+def conv(node: Node, x: Array, stride: int = 1) -> Array:
+    """Convolution with kernel // 2 of padding on both sides (CONV_2D; DEPTHWISE_CONV_2D in a module "depthwise")."""
+    kernel = node["kernel"]
+    depthwise = node.name == "depthwise"
+    size = kernel.shape[0 if depthwise else 1]
+    y = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((size // 2, size // 2),) * 2,
+        dimension_numbers=("NHWC", "HWIO" if depthwise else "OHWI", "NHWC"),
+        feature_group_count=x.shape[-1] if depthwise else 1,
+    )
+    return y + node["bias"] if "bias" in node else y
+
+
+@scoped
+def separable_conv(node: Node, x: Array) -> Array:
+    return conv(node.sub("pointwise"), conv(node.sub("depthwise"), x))
+
+
+@scoped
+def group_norm(node: Node, x: Array, groups: int, eps: float) -> Array:
+    b, h, w, c = x.shape
+    y = x.reshape(b, h * w, groups, c // groups)
+    y = y - y.mean((1, 3), keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean((1, 3), keepdims=True) + eps)
+    return y.reshape(b, h, w, c) * node["scale"] + node["bias"]
+
+
+@scoped
+def layer_norm(node: Node, x: Array, eps: float = blocks.TOKEN_NORM_EPS) -> Array:
+    y = x - x.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
+    return y * node["scale"] + node["bias"]
+
+
+@scoped
+def rms_norm(node: Node, x: Array) -> Array:
+    y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + blocks.TOKEN_NORM_EPS)
+    return y * node["scale"]
+
+
+def silu(x: Array) -> Array:
+    return x * jax.nn.sigmoid(x)
+
+
+def gelu(x: Array) -> Array:
+    """Exact GELU as the one op that LiteRT has for it."""
+    return jax.lax.composite(lambda x, **_: blocks.gelu(x), "aten.gelu.default")(x, approximate="none")
+
+
+def upsample_nearest(x: Array) -> Array:
+    """Each pixel becomes a 2x2 block (RESIZE_NEAREST_NEIGHBOR)."""
+    size = np.array([2 * x.shape[1], 2 * x.shape[2]], np.int32)
+    repeat = jax.lax.composite(lambda x, **_: blocks.upsample_nearest(x), "tfl.resize_nearest_neighbor")
+    return repeat(x, size=size)
+
+
+def attend(q: Array, k: Array, v: Array, bias: Array | None, chunk: int = 0) -> Array:
+    """Softmax attention of rows (…, r, d) over keys (…, m, d), leading axes equal; `bias` is added to the scores.
+
+    Args:
+      chunk: rows computed at a time, which bounds the memory of the scores to chunk · m; 0 takes all at once.
+    """
+    rows, axis = q.shape[-2], q.ndim - 2
+    q = q * q.shape[-1] ** -0.5
+    if not 0 < chunk < rows:
+        return _attend_rows(q, k, v, bias)
+    starts = range(0, rows, chunk)
+    parts = [jax.lax.slice_in_dim(q, start, min(start + chunk, rows), axis=axis) for start in starts]
+    return jnp.concatenate([_attend_rows(part, k, v, bias) for part in parts], axis)
+
+
+def _attend_rows(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    batch = tuple(range(q.ndim - 2))
+    last = q.ndim - 1
+    scores = jax.lax.dot_general(q, k, (((last,), (last,)), (batch, batch)))
+    if bias is not None:
+        scores = scores + bias
+    return jax.lax.dot_general(jax.nn.softmax(scores, -1), v, (((last,), (last - 1,)), (batch, batch)))

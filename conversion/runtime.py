@@ -1,0 +1,294 @@
+"""Text to image and edit from LiteRT files alone: the reference loop for apps. Needs numpy, Pillow, tokenizers, LiteRT.
+
+Command: python -m conversion.runtime --model LITERT_DIR --prompt TEXT [--image PNG] --output PNG
+
+Nothing here imports JAX. Weights are mapped from the files; components are loaded when needed and released after use.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dreamlite_jax import cli, pictures
+from dreamlite_jax.config import ModelConfig, from_dict
+from dreamlite_jax.diffusion.schedule import TIMESTEPS, sampling_sigmas, shift_mu
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.text.templates import clean_prompt
+
+from .noise import start_noise
+
+FORMAT = "dreamlite-litert"
+FORMAT_VERSION = 1
+SIGNATURE = "serving_default"
+
+
+class Runtime:
+    """A folder of .tflite files, ready to generate.
+
+    Args:
+      folder: what `conversion.to_litert --component all` wrote.
+      threads: of the CPU kernels.
+      keep_loaded: whether components stay in memory between uses; off, the peak is that of the largest one.
+
+    Attributes:
+      load_seconds: of the first load of every component so far.
+    """
+
+    def __init__(self, folder: str | Path, *, threads: int = 0, keep_loaded: bool = False):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.config = from_dict(ModelConfig, self.manifest["config"], f"{self.folder}/model.json: config")
+        sizes = self.manifest["sizes"]
+        self.height, self.width, self.text_length, self.batch = (
+            sizes[name] for name in ("height", "width", "text_length", "batch")
+        )
+        self.load_seconds: dict[str, float] = {}
+        self._threads = threads or os.cpu_count() or 1
+        self._keep = keep_loaded
+        self._loaded: dict[str, Callable[..., np.ndarray]] = {}
+        self._prompts: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
+        self._tokenizer = None
+
+    def generate(
+        self,
+        prompt: str,
+        image: Image.Image | np.ndarray | None = None,
+        *,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        seed: int = 0,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> np.ndarray:
+        """One image (H, W, 3), float32 around [-1, 1] and not clipped; an edit of `image` when there is one.
+
+        Args:
+          image: picture of any size, squashed to the panel; or an array (H, W, 3) in [-1, 1].
+          steps, guidance_scale, image_guidance_scale: default: the model's own. A guidance_scale of 1 or less: none.
+
+        Raises:
+          UserError: a bad prompt, seed, number of steps or image; a component that was not converted.
+        """
+        config = self.config
+        steps = config.steps if steps is None else steps
+        text_scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        image_scale = config.image_guidance_scale if image_guidance_scale is None else image_guidance_scale
+        h, w = self.height // config.vae.downsampling, self.width // config.vae.downsampling
+        sigmas = sampling_sigmas(steps, shift_mu(config.scheduler, h, w))
+        x = start_noise(seed, (1, h, w, config.vae.latent_channels))
+        prompt_states = self.encode_prompt("generate" if image is None else "edit", prompt)
+        blank = np.zeros_like(x)
+        source = blank if image is None else self.encode_image(image)
+        # Each guidance branch is (text states, text bias, condition latents); see `combine` for their order.
+        plan = [(*prompt_states, source)]
+        if text_scale > 1.0:
+            null = self.encode_prompt("null", "")
+            plan = [(*null, blank), *([(*null, source)] if image is not None else []), *plan]
+        sizes = sinusoid(np.float32([self.width, self.height]), config.unet.size_embed_dim).reshape(1, -1)
+        with self._component("unet") as unet:
+            for i, (now, after) in enumerate(itertools.pairwise(sigmas)):
+                begin = time.perf_counter()
+                time_features = sinusoid(np.float32([TIMESTEPS]) * now, config.unet.block_out_channels[0])
+                velocities = self._velocities(unet, x, time_features, sizes, plan)
+                x = x + (after - now) * combine(velocities, text_scale, image_scale)
+                report(f"step {i + 1}/{steps} {time.perf_counter() - begin:.2f} s")
+        with self._component("vae_decoder") as decode:
+            return decode(latents=self._rows(x))[0]
+
+    def encode_prompt(self, task: str, prompt: str) -> tuple[np.ndarray, np.ndarray]:
+        """Text states (1, s, d) and text bias (1, s) of a prompt, remembered for the next time."""
+        if (task, prompt) not in self._prompts:
+            ids, bias = self.tokens(task, prompt)
+            with self._component("text") as encode:
+                states = encode(token_ids=self._rows(ids), text_bias=self._rows(bias))[:1]
+            self._prompts[task, prompt] = (states * (bias == 0.0)[..., None].astype(np.float32), bias)
+        return self._prompts[task, prompt]
+
+    def encode_image(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """Latents (1, h, w, c) of a picture."""
+        pixels = image if isinstance(image, np.ndarray) else pictures.fit(image, self.width, self.height)
+        if pixels.shape != (self.height, self.width, 3):
+            raise UserError(f"image has shape {pixels.shape}; this model takes {(self.height, self.width, 3)}")
+        with self._component("vae_encoder") as encode:
+            return encode(image=self._rows(pixels[None].astype(np.float32)))[:1]
+
+    def tokens(self, task: str, prompt: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and text bias, each (1, s), of a prompt with the tag of its task.
+
+        Raises:
+          UserError: an empty or over-long prompt.
+        """
+        words = self.manifest["templates"][task] + clean_prompt(task, prompt)
+        if self._tokenizer is None:
+            import tokenizers
+
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = True  # "[SEP]" typed by a user is text
+        ids = self._tokenizer.encode(words).ids
+        if len(ids) > self.text_length:
+            raise UserError(f"the prompt has {len(ids)} tokens and the limit is {self.text_length}; shorten it")
+        padded = np.full((1, self.text_length), self.manifest["pad_id"], np.int32)
+        padded[0, : len(ids)] = ids
+        bias = np.full((1, self.text_length), self.manifest["mask_bias"], np.float32)
+        bias[0, : len(ids)] = 0.0
+        return padded, bias
+
+    def _velocities(self, unet, x, time_features, sizes, plan) -> list[np.ndarray]:
+        """Target-panel velocity of every branch, in as few calls of the network as its batch allows."""
+        axis = 2 if self.config.unet.condition_layout == "width" else 3
+        rows = []
+        for start in range(0, len(plan), self.batch):
+            some = plan[start : start + self.batch]
+            some = some + some[-1:] * (self.batch - len(some))
+            text, bias, condition = (np.concatenate(parts) for parts in zip(*some, strict=True))
+            canvas = np.concatenate([self._rows(x), condition], axis)
+            out = unet(
+                sample=canvas,
+                time_features=self._rows(time_features),
+                size_features=self._rows(sizes),
+                text=text,
+                text_bias=bias,
+            )
+            rows += list(out[:, :, : x.shape[2]] if axis == 2 else out)
+        return [row[None] for row in rows[: len(plan)]]
+
+    def _rows(self, row: np.ndarray) -> np.ndarray:
+        """One row repeated to the batch of the graphs."""
+        return np.repeat(row, self.batch, axis=0)
+
+    @contextlib.contextmanager
+    def _component(self, name: str) -> Iterator[Callable[..., np.ndarray]]:
+        """The named component as a function of its inputs; its memory is given back at the end."""
+        if name not in self._loaded:
+            begin = time.perf_counter()
+            self._loaded[name] = load_component(self.folder, self.manifest, name, self._threads)
+            self.load_seconds.setdefault(name, time.perf_counter() - begin)
+        try:
+            yield self._loaded[name]
+        finally:
+            if not self._keep:
+                del self._loaded[name]
+
+
+def load_component(folder: Path, manifest: dict[str, Any], name: str, threads: int) -> Callable[..., np.ndarray]:
+    """A component's signature as a function of keyword arrays; it returns a copy of the one output."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    if name not in manifest["files"]:
+        raise UserError(f"{folder} has no {name}; convert it: python -m conversion.to_litert --component {name}")
+    path = folder / manifest["files"][name]
+    if not path.is_file():
+        raise UserError(f"{path} does not exist, though model.json names it")
+    interpreter = Interpreter(str(path), num_threads=threads)
+    runner = interpreter.get_signature_runner(SIGNATURE)
+
+    def run(**inputs: np.ndarray) -> np.ndarray:
+        (output,) = runner(**inputs).values()
+        return np.array(output)
+
+    return run
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`model.json` of a folder of LiteRT files. Raises `UserError` when it is not one."""
+    path = folder / "model.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no model.json; it must be a folder written by conversion.to_litert")
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path} is not of format {FORMAT!r}; convert the model first: python -m conversion.to_litert")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path}: format_version is {manifest['format_version']}; this code reads {FORMAT_VERSION}")
+    return manifest
+
+
+def sinusoid(x: np.ndarray, width: int) -> np.ndarray:
+    """(b,) to (b, width): [cos, sin] of x times the frequencies 10000^(-i / half), i = 0..half-1."""
+    half = width // 2
+    frequencies = np.exp(np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half))
+    angles = x.astype(np.float32)[:, None] * frequencies
+    return np.concatenate([np.cos(angles), np.sin(angles)], -1)
+
+
+def combine(velocities: Sequence[np.ndarray], guidance_scale: float, image_guidance_scale: float) -> np.ndarray:
+    """Guided velocity of one, two (null, text) or three (null, image, image and text) branches."""
+    if len(velocities) == 1:
+        return velocities[0]
+    text_scale, image_scale = np.float32(guidance_scale), np.float32(image_guidance_scale)
+    if len(velocities) == 2:
+        null, text = velocities
+        return null + text_scale * (text - null)
+    null, image, text = velocities
+    return null + text_scale * (text - image) + image_scale * (image - null)
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m conversion.runtime", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder written by conversion.to_litert")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--image", type=Path, help="picture to edit")
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--image_guidance_scale", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
+    return parser.parse_args(argv)
+
+
+def settings(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
+    """What made a picture, for its metadata."""
+    chosen = {name: getattr(args, name) for name in ("steps", "guidance_scale", "image_guidance_scale")}
+    chosen = {name: getattr(config, name) if value is None else value for name, value in chosen.items()}
+    paths = {"image": str(args.image) if args.image else None, "model": str(args.model)}
+    return {"prompt": args.prompt, "seed": args.seed, **chosen, **paths}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    runtime = Runtime(args.model, threads=args.threads)
+    if args.output.suffix.lower() != ".png":
+        raise UserError(f"--output {args.output} must end in .png: the settings are stored in the file as PNG metadata")
+    if not args.output.parent.is_dir():
+        raise UserError(f"--output: the folder {args.output.parent} does not exist")
+    begin = time.perf_counter()
+    pixels = runtime.generate(
+        args.prompt,
+        pictures.read_picture(args.image) if args.image else None,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        image_guidance_scale=args.image_guidance_scale,
+        seed=args.seed,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    pictures.save_png(args.output, pixels, {"dreamlite_litert": json.dumps(settings(args, runtime.config))})
+    loads = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in runtime.load_seconds.items())
+    print(f"first load: {loads}")
+    print(f"{args.output}: {time.perf_counter() - begin:.2f} s in all, peak memory {peak_memory_bytes() / 1e6:.0f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

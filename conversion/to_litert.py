@@ -1,0 +1,255 @@
+"""Converts a model folder to LiteRT: python -m conversion.to_litert --model DIR --output DIR.
+
+Writes one .tflite file a component, what `conversion.runtime` needs beside them (model.json, tokenizer.json), and
+report.json. Each file is compared with the JAX model before the folder appears; a floor that is missed makes the exit
+code 1, and the folder stays for inspection, its report saying so.
+"""
+
+import argparse
+import dataclasses
+import gc
+import importlib.metadata
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dreamlite_jax import cli
+from dreamlite_jax.config import ModelConfig, to_dict
+from dreamlite_jax.errors import UserError
+
+RECIPES = ("fp32",)
+TARGETS = ("gpu", "npu", "cpu")
+PROMPT = "a red car and a yellow star on a blue background"  # of the picture that is compared
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    from .graph import COMPONENTS
+
+    parser = argparse.ArgumentParser(prog="python -m conversion.to_litert", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="model folder, or the workdir of a training run")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not be in use")
+    parser.add_argument("--component", choices=(*COMPONENTS, "all"), default="all")
+    parser.add_argument("--recipe", choices=RECIPES, default="fp32")
+    parser.add_argument("--target", choices=TARGETS, default="gpu")
+    parser.add_argument("--height", type=int, help="pixels of one panel; default: the model's native size")
+    parser.add_argument("--width", type=int, help="likewise")
+    parser.add_argument("--text_length", type=int, help="tokens; default: the longest the model was trained with")
+    parser.add_argument("--batch", type=int, default=1, help="rows of a call; guidance branches can share one")
+    parser.add_argument(
+        "--attention_chunk", type=int, default=0, help="query rows of attention at a time, 0: all; bounds its memory"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    from dreamlite_jax import model_folder
+
+    from .graph import COMPONENTS, Sizes
+
+    model = args.model / "model" if (args.model / "model" / model_folder.MANIFEST).is_file() else args.model
+    config = model_folder.load_config(model)
+    sizes = Sizes(
+        args.height or config.native_size,
+        args.width or config.native_size,
+        config.text.max_length if args.text_length is None else args.text_length,
+        args.batch,
+        args.attention_chunk,
+    )
+    sizes.check(config)
+    components = COMPONENTS if args.component == "all" else (args.component,)
+    with model_folder.new_folder(args.output) as folder:
+        report = convert_all(model, config, sizes, components, folder, args.recipe, args.target)
+        report["flags"] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    print(table(report))
+    print(f"{args.output}: {'all floors reached' if report['passed'] else 'A FLOOR WAS MISSED, see report.json'}")
+    return 0 if report["passed"] else 1
+
+
+def convert_all(
+    model: Path, config: ModelConfig, sizes: Any, components: Sequence[str], folder: Path, recipe: str, target: str
+) -> dict[str, Any]:
+    """Converts, audits and compares the components into `folder`; returns the report."""
+    from . import parity, runtime
+
+    manifest = write_manifest(config, sizes, components, folder, recipe, target)
+    rows = {}
+    for component in components:
+        rows[component] = convert_one(component, model, config, sizes, folder, manifest)
+        gc.collect()
+    report = {
+        "components": rows,
+        "model": str(model),
+        "recipe": recipe,
+        "target": target,
+        "sizes": dataclasses.asdict(sizes),
+        "versions": versions(),
+        "attention_scores_bytes": attention_bytes(config, sizes),
+    }
+    passed = all(row["parity"]["passed"] and not row["faults"] for row in rows.values())
+    if len(components) > 1:
+        floor = parity.FLOORS[recipe].psnr_db
+        params = {name: load(name, model, config)[0] for name in ("unet", "vae")}
+        params["text"], params["text_config"] = load("text", model, config)
+        psnr = parity.picture_psnr(config, params, runtime.Runtime(folder), PROMPT)
+        report["picture"] = {"prompt": PROMPT, "steps": 4, "psnr_db": min(psnr, 200.0), "floor_db": floor}
+        passed = passed and psnr >= floor
+    report["peak_memory_bytes"] = runtime.peak_memory_bytes()
+    report["passed"] = bool(passed)
+    return report
+
+
+def convert_one(
+    component: str, model: Path, config: ModelConfig, sizes: Any, folder: Path, manifest: dict[str, Any]
+) -> dict[str, Any]:
+    """One component: its file in `folder`, and its part of the report."""
+    from . import audit, graph, litert, parity, runtime
+
+    begin = time.perf_counter()
+    params, text = load(component, model, config)
+    built = graph.build(component, config, params, sizes, text)
+    path = folder / manifest["files"][component]
+    metadata = {key: manifest[key] for key in ("config", "sizes", "recipe", "target")}
+    print(
+        f"{component}: {built.weight_bytes / 1e6:.0f} MB of weights, about "
+        f"{litert.predicted_peak_bytes(built) / 1e9:.1f} GB of memory",
+        file=sys.stderr,
+    )
+    litert.convert(built, path, {"component": component, **metadata})
+    ports = {"inputs": litert.describe(built.inputs), "outputs": litert.describe([built.output])}
+    del built, params
+    seconds = time.perf_counter() - begin
+    found = audit.audit(path)
+    params, text = load(component, model, config)
+    compared = parity.compare(
+        component, config, sizes, params, folder, manifest, parity.FLOORS[manifest["recipe"]], text
+    )
+    return {
+        "file": path.name,
+        "file_bytes": found.file_bytes,
+        "seconds": seconds,
+        "peak_memory_bytes": runtime.peak_memory_bytes(),
+        "operations": sum(found.ops.values()),
+        "ops": found.ops,
+        "faults": list(found.faults),
+        "parity": dataclasses.asdict(compared),
+        **ports,
+    }
+
+
+def load(component: str, model: Path, config: ModelConfig) -> tuple[dict[str, Any], Any]:
+    """Parameters of a component's module, and the config of the text encoder for component "text"."""
+    from dreamlite_jax import model_folder
+    from dreamlite_jax.models import minilm
+
+    if component != "text":
+        return model_folder.load_params(model, "unet" if component == "unet" else "vae"), None
+    check_text(config)
+    text, params = minilm.load_minilm()
+    return params, text
+
+
+def check_text(config: ModelConfig) -> None:
+    """Refuses a text encoder that has no export form, or other weights than the model was trained with."""
+    from dreamlite_jax.models import minilm
+
+    if config.text.encoder != "minilm":
+        raise UserError(
+            f"text.encoder is {config.text.encoder!r}, which has no LiteRT form here; convert --component unet, "
+            "vae_encoder and vae_decoder, and give the U-Net states that were computed elsewhere"
+        )
+    found = minilm.weights_sha256()
+    if config.text.sha256 and found != config.text.sha256:
+        raise UserError(
+            f"text.sha256: the encoder's weights have sha256 {found[:12]}…, but the model was trained with "
+            f"{config.text.sha256[:12]}…; install the version it names"
+        )
+
+
+def write_manifest(
+    config: ModelConfig, sizes: Any, components: Sequence[str], folder: Path, recipe: str, target: str
+) -> dict[str, Any]:
+    """model.json of the runtime, and the tokenizer beside it."""
+    from dreamlite_jax.models import minilm
+    from dreamlite_jax.models.blocks import MASK_BIAS
+    from dreamlite_jax.text import templates, tokenizers
+
+    from .runtime import FORMAT, FORMAT_VERSION
+
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": to_dict(config),
+        "sizes": dataclasses.asdict(sizes),
+        "recipe": recipe,
+        "target": target,
+        "files": {component: f"{component}.tflite" for component in components},
+        "templates": {"generate": templates.GENERATE_TAG, "edit": templates.EDIT_TAG, "null": ""},
+        "mask_bias": MASK_BIAS,
+        "start_noise": "threefry2x32 of key (0, seed), counter = index; see conversion/noise.py",
+    }
+    if "text" in components:
+        check_text(config)
+        shutil.copyfile(minilm.minilm_file("tokenizer.json"), folder / "tokenizer.json")
+        manifest["pad_id"] = tokenizers.MiniLMTokenizer().pad_id
+    (folder / "model.json").write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+    return manifest
+
+
+def attention_bytes(config: ModelConfig, sizes: Any) -> dict[str, int]:
+    """Bytes of the largest self-attention's scores in float32: whole, and with the chunk of this export."""
+    unet, (h, w) = config.unet, sizes.latent(config)
+    columns = 2 * w if unet.condition_layout == "width" else w
+    largest = (0, 0)
+    last = unet.levels - 1
+    kinds = [*enumerate(unet.down_blocks), (last, "self_cross"), *((last - i, k) for i, k in enumerate(unet.up_blocks))]
+    for level, kind in kinds:
+        tokens = (h >> level) * (columns >> level)
+        rows = tokens * unet.num_heads[level]
+        if kind == "self_cross" and rows * tokens > largest[0] * largest[1]:
+            largest = (rows, tokens)
+    rows, tokens = largest
+    chunk = min(sizes.attention_chunk or rows, rows)
+    return {"whole": 4 * sizes.batch * rows * tokens, "as_exported": 4 * sizes.batch * chunk * tokens}
+
+
+def versions() -> dict[str, str]:
+    """Of everything that shapes a converted file."""
+    names = ("jax", "flax", "litert-converter", "ai-edge-litert", "ai-edge-quantizer", "numpy")
+    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in names}}
+
+
+def table(report: dict[str, Any]) -> str:
+    """One line a component."""
+    lines = [
+        f"{'component':<12} {'MB':>8} {'ops':>6} {'seconds':>8} {'peak GB':>8} {'max abs':>9} {'rel rms':>9}  floor"
+    ]
+    for name, row in report["components"].items():
+        passed = "ok" if row["parity"]["passed"] and not row["faults"] else "MISSED"
+        lines.append(
+            f"{name:<12} {row['file_bytes'] / 1e6:8.1f} {row['operations']:6d} {row['seconds']:8.1f} "
+            f"{row['peak_memory_bytes'] / 1e9:8.2f} {row['parity']['max_abs']:9.1e} "
+            f"{row['parity']['relative_rms']:9.1e}  {passed}"
+        )
+        lines += [f"  fault: {fault}" for fault in row["faults"][:10]]
+    if "picture" in report:
+        picture = report["picture"]
+        lines.append(
+            f"picture, {picture['steps']} steps: {picture['psnr_db']:.1f} dB beside JAX "
+            f"(floor {picture['floor_db']:g} dB)"
+        )
+    scores = report["attention_scores_bytes"]
+    lines.append(
+        f"largest attention scores: {scores['as_exported'] / 1e6:.1f} MB as exported, "
+        f"{scores['whole'] / 1e6:.1f} MB whole"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
