@@ -1,5 +1,7 @@
 """The sampler against a loop written by hand, with a velocity that depends on everything it is given."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,7 @@ def run(given, plan, scales, **options):
 
 def by_hand(given, plan, scales, compose=panels.compose):
     x = given["noise"]
-    for now, after in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
+    for now, after in itertools.pairwise(SIGMAS):
         branches = []
         for branch in plan:
             name = "prompt" if branch.text else "null_with_image" if branch.image else "null"
