@@ -11,9 +11,9 @@ side by side, logit-normal sigmas with the resolution's shift, region-weighted e
 from ml_collections import ConfigDict
 
 STAGES = {  # steps, and the stage to start from
-    "t2i": (1200, ""),
-    "edit": (1000, "t2i"),
-    "joint": (1300, "edit"),
+    "t2i": (900, ""),
+    "edit": (750, "t2i"),
+    "joint": (900, "edit"),
 }
 
 
@@ -38,7 +38,7 @@ def get_config(argument: str = "t2i") -> ConfigDict:
     )
     c.optim = ConfigDict(
         {
-            "learning_rate": 1e-3,
+            "learning_rate": 1.5e-3,
             "warmup_steps": 100,
             "decay": "cosine",
             "final_fraction": 0.1,
@@ -48,8 +48,8 @@ def get_config(argument: str = "t2i") -> ConfigDict:
     )
     c.init_from = f"{root}/{before}" if before else ""
     c.steps = steps
-    c.checkpoint_every = 200
-    c.grid_every = 400
+    c.checkpoint_every = 150
+    c.grid_every = 450
     return c
 
 
@@ -60,12 +60,12 @@ def model() -> ConfigDict:
             "unet": {
                 "in_channels": 16,
                 "out_channels": 16,
-                "block_out_channels": (128, 192, 256),
+                "block_out_channels": (96, 160, 256),
                 "layers_per_block": 1,
                 "down_blocks": ("self_cross", "self_cross", "self_cross"),
                 "up_blocks": ("self_cross", "self_cross", "self_cross"),
                 "transformer_layers": (1, 1, 1),
-                "num_heads": (4, 6, 8),
+                "num_heads": (3, 5, 8),
                 "cross_attention_dim": 256,
                 "text_dim": 384,
                 "size_embed_dim": 32,

@@ -1,0 +1,162 @@
+"""The last step of the quick start: one table, `report.json` and `report.md` with the pictures, and whether it learned."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dreamlite_jax import cli, pictures
+from dreamlite_jax.errors import UserError
+
+STAGES = ("t2i", "edit", "joint")
+# (what, path of the number in the evaluations, least value): what a run must reach to have worked.
+FLOORS = (
+    ("retrieval among 8, random distractors", ("joint", "validation", "generate", "retrieval_random"), 0.85),
+    ("retrieval among 8, hard distractors", ("joint", "validation", "generate", "retrieval_hard"), 0.50),
+    ("edit gain", ("joint", "validation", "edit", "edit_gain"), 0.80),
+    ("unchanged region, dB", ("joint", "validation", "edit", "unchanged_psnr"), 18.0),
+)
+SPECIALIST_MARGIN = 0.05
+RUNTIME_PSNR = 40.0
+
+
+def collect(work: Path) -> dict[str, Any]:
+    """Everything the report says, from the files that the steps left."""
+    seconds = {path.name: int(path.read_text()) for path in (work / "steps").iterdir()}
+    evals = {stage: json.loads((work / "evals" / stage / "report.json").read_text()) for stage in STAGES}
+    stages = []
+    for stage in STAGES:
+        provenance = json.loads((work / stage / "model" / "model.json").read_text())["provenance"]
+        clock = provenance["clock"]
+        stages.append(
+            {"stage": stage, "steps": provenance["steps"], "minutes": sum(clock.values()) / 60, "numbers": headline(evals[stage])}
+        )
+    psnr = {
+        name: pictures.psnr(*(np.asarray(Image.open(work / "pictures" / f"{name}{kind}.png")) for kind in ("", "_litert")), 255.0)
+        for name in ("made", "edited")
+    }
+    litert = json.loads((work / "litert" / "report.json").read_text())
+    return {
+        "stages": stages,
+        "minutes": {name: value / 60 for name, value in seconds.items()},
+        "total_minutes": sum(seconds.values()) / 60,
+        "evals": evals,
+        "runtime_psnr_db": {name: min(value, 100.0) for name, value in psnr.items()},
+        "litert": litert,
+        "checks": checks(evals, psnr),
+    }
+
+
+def headline(report: dict[str, Any]) -> str:
+    """The numbers of a stage on the validation split, in words."""
+    scores, words = report["validation"], []
+    if "generate" in scores:
+        words.append("retrieval {retrieval_random:.2f} random, {retrieval_hard:.2f} hard".format(**scores["generate"]))
+    if "edit" in scores:
+        words.append("edit gain {edit_gain:.2f}, unchanged {unchanged_psnr:.1f} dB".format(**scores["edit"]))
+    return "; ".join(words)
+
+
+def checks(evals: dict[str, Any], psnr: dict[str, float]) -> list[dict[str, Any]]:
+    """Each requirement with its value, its floor and whether it holds."""
+    rows = []
+    for name, (stage, split, task, key), floor in FLOORS:
+        rows.append((name, evals[stage][split][task][key], floor))
+    joint = evals["joint"]["validation"]
+    for name, specialist, task, key in (
+        ("joint beside T2I alone, retrieval (hard)", "t2i", "generate", "retrieval_hard"),
+        ("joint beside T2I alone, retrieval (random)", "t2i", "generate", "retrieval_random"),
+        ("joint beside edit alone, edit gain", "edit", "edit", "edit_gain"),
+    ):
+        rows.append((name, joint[task][key] - evals[specialist]["validation"][task][key], -SPECIALIST_MARGIN))
+    rows += [(f"LiteRT beside JAX, {name} picture, dB", min(value, 100.0), RUNTIME_PSNR) for name, value in psnr.items()]
+    return [{"what": name, "value": value, "least": floor, "holds": bool(value >= floor)} for name, value, floor in rows]
+
+
+def table(report: dict[str, Any]) -> str:
+    """Stage, steps, minutes, numbers, as markdown."""
+    lines = ["| stage | steps | minutes | numbers (validation) |", "|---|---|---|---|"]
+    minutes = report["minutes"]
+    groups = {
+        "install": ["install"],
+        "data": ["data"],
+        "precompute": [name for name in minutes if name.startswith("latents")],
+    }
+    lines += [f"| {name} | | {sum(minutes.get(k, 0) for k in keys):.1f} | |" for name, keys in groups.items()]
+    lines += [f"| {s['stage']} | {s['steps']} | {s['minutes']:.1f} | {s['numbers']} |" for s in report["stages"]]
+    evaluations = sum(value for name, value in minutes.items() if name.startswith("eval"))
+    lines.append(f"| evaluate | | {evaluations:.1f} | held out: {held_out(report)} |")
+    rest = sum(minutes.get(k, 0) for k in ("sample", "sample_edit", "litert", "runtime", "runtime_edit"))
+    psnr = report["runtime_psnr_db"]
+    lines.append(f"| convert, run | | {rest:.1f} | LiteRT beside JAX {psnr['made']:.0f} dB generated, {psnr['edited']:.0f} dB edited |")
+    lines.append(f"| **all** | | **{report['total_minutes']:.1f}** | |")
+    return "\n".join(lines)
+
+
+def held_out(report: dict[str, Any]) -> str:
+    return headline({"validation": report["evals"]["joint"]["heldout"]})
+
+
+def page(report: dict[str, Any], work: Path) -> str:
+    """`report.md`: the table, what had to hold, the grids, what to try next."""
+    checked = "\n".join(
+        f"| {row['what']} | {row['value']:.3f} | {row['least']:g} | {'yes' if row['holds'] else '**no**'} |" for row in report["checks"]
+    )
+    grids = "\n\n".join(
+        f"![{name}](evals/joint/{name}.png)"
+        for name in ("generate_validation", "edit_validation", "generate_heldout", "edit_heldout")
+    )
+    return f"""# A small DreamLite, trained on this machine
+
+{table(report)}
+
+Protocol: {report["evals"]["joint"]["validation"]["protocol"]}. Chance of retrieval is 0.125. Held-out scenes have
+object–colour and object–place pairs that never occur in training.
+
+| required | value | least | holds |
+|---|---|---|---|
+{checked}
+
+## What it draws and edits
+
+{grids}
+
+## Try next
+
+{commands(work)}
+"""
+
+
+def commands(work: Path) -> str:
+    """The three commands to try."""
+    return f"""```
+python -m dreamlite_jax.sample --model {work}/joint --prompt "a cat to the left of a dog" --output cat.png
+python -m dreamlite_jax.sample --model {work}/joint --prompt "change the background to pink" --image cat.png --output pink.png
+python -m conversion.runtime --model {work}/litert --prompt "two red hearts on a white background" --output hearts.png
+```"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dreamlite_jax.evals.quickstart", description=__doc__)
+    parser.add_argument("--workdir", required=True, type=Path)
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if not (args.workdir / "steps").is_dir():
+        raise UserError(f"--workdir {args.workdir} is no quick start; run launch/quickstart.sh first")
+    report = collect(args.workdir)
+    (args.workdir / "report.json").write_text(json.dumps(report, indent=1))
+    (args.workdir / "report.md").write_text(page(report, args.workdir))
+    print(table(report))
+    for row in report["checks"]:
+        if not row["holds"]:
+            print(f"below its floor: {row['what']} is {row['value']:.3f}, least {row['least']:g}", file=sys.stderr)
+    print(f"\nreport: {args.workdir}/report.md\n{commands(args.workdir)}")
+    return 0 if all(row["holds"] for row in report["checks"]) else 1
+
+
+if __name__ == "__main__":
+    cli.run(main)
