@@ -5,7 +5,7 @@ A branch says whether it sees the prompt and the source image. All branches of a
 
 import dataclasses
 
-from dreamlite_jax.types import Array, Float, Latent
+from dreamlite_jax.types import Array, Float, Latent, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,9 @@ def branches(editing: bool, guided: bool) -> tuple[Branch, ...]:
     return DUAL if editing else SINGLE
 
 
-def combine(velocities: Float[Array, "g b h w c"], guidance_scale: float, image_guidance_scale: float) -> Latent:
+def combine(
+    velocities: Float[Array, "g b h w c"], guidance_scale: Scalar | float, image_guidance_scale: Scalar | float
+) -> Latent:
     """Guided velocity of the stacked branches, in the order of `branches`.
 
     One: v. Two: v0 + g (v1 - v0). Three: v0 + g (v_text - v_image) + g_image (v_image - v0), as in InstructPix2Pix eq. 3.
