@@ -35,7 +35,7 @@ def test_captions_of_a_small_world_do_not_collide():
             for index in np.ndindex(*[len(things)] * count):
                 for size in ("small", "medium"):
                     items = [Object(*things[k], place, size) for k, place in zip(index, places, strict=True)]
-                    for background in (("white", "plain"), ("blue", "dotted")):
+                    for background in (("white", "plain"), ("blue", "striped")):
                         scene = Scene(*background, tuple(items))
                         for _ in range(8):
                             text = captions.caption(scene, scenes.TAGS[int(rng.integers(6))], rng)
@@ -98,7 +98,7 @@ def test_instructions_determine_targets():
     rng = np.random.default_rng(6)
     sources = {edits.sample_edit(rng, operation).source for operation in edits.OPERATIONS * 4}
     sources |= {
-        Scene(colour, "dotted", (Object("car", "red", "centre", size),))
+        Scene(colour, "striped", (Object("car", "red", "centre", size),))
         for colour in ("white", "blue")
         for size in catalog.SIZES
     }

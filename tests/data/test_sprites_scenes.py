@@ -156,11 +156,10 @@ def test_render_is_deterministic_and_leaves_the_background_alone(size):
 
 
 def test_patterns_repeat_with_the_latent_grid():
-    for texture, period in (("dotted", 8), ("striped", 16)):
-        picture = render.render(Scene("blue", texture, (Object("key", None, "centre", "small"),)), 64)
-        top = picture[:16]
-        assert np.array_equal(top, np.roll(top, period, axis=1))
-        assert not np.array_equal(top, np.roll(top, period // 2, axis=1))
+    period = 16
+    top = render.render(Scene("blue", "striped", (Object("key", None, "centre", "small"),)), 64)[:16]
+    assert np.array_equal(top, np.roll(top, period, axis=1))
+    assert not np.array_equal(top, np.roll(top, period // 2, axis=1))
 
 
 def test_colours_keep_their_hue_and_stay_apart():

@@ -23,13 +23,11 @@ _GREY_PHOTO = ("a black and white photo of", "a black and white picture of", "a 
 _ATTRIBUTE = {
     "plain": ("{}", "{}", "plain {}", "solid {}"),
     "gradient": ("{} gradient", "gradient {}"),
-    "dotted": ("dotted {}", "{} dotted", "{} polka dot"),
     "striped": ("striped {}", "{} striped"),
 }
 _PREDICATE = {
     "plain": ("{}", "plain {}"),
     "gradient": ("a {} gradient", "a gradient of {}"),
-    "dotted": ("dotted {}", "{} with dots"),
     "striped": ("striped {}", "{} with stripes"),
 }
 
@@ -53,7 +51,7 @@ def place_phrases(position: str) -> tuple[str, ...]:
 
 
 def background_attribute(colour: str, texture: str, rng: np.random.Generator) -> str:
-    """ "dotted blue", to stand before the word background."""
+    """ "striped blue", to stand before the word background."""
     return pick(rng, _ATTRIBUTE[texture]).format(colour)
 
 
@@ -137,11 +135,10 @@ def _content(scene: Scene, tag: str, rng: np.random.Generator) -> str:
 
 
 def _surface(scene: Scene, rng: np.random.Generator) -> str:
-    """ "a dotted blue background" or "a blue background with dots"."""
+    """ "a striped blue background" or "a blue background with stripes"."""
     colour, texture = scene.background_colour, scene.texture
-    pattern = {"dotted": "dots", "striped": "stripes"}.get(texture)
-    if pattern and rng.random() < 0.25:
-        return f"{with_article(colour)} background with {pattern}"
+    if texture == "striped" and rng.random() < 0.25:
+        return f"{with_article(colour)} background with stripes"
     return f"{with_article(background_attribute(colour, texture, rng))} background"
 
 

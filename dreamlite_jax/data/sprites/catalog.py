@@ -73,7 +73,7 @@ BACKGROUNDS: dict[str, RGB] = {
     "purple": (214, 194, 242),
     "grey": (188, 188, 188),
 }
-TEXTURES: tuple[str, ...] = ("plain", "gradient", "dotted", "striped")
+TEXTURES: tuple[str, ...] = ("plain", "gradient", "striped")
 
 # Centres in quarters of the canvas (x, y), in reading order, which is also the canonical order of a scene's objects.
 POSITIONS: dict[str, tuple[int, int]] = {

@@ -181,7 +181,6 @@ def _background(scene: Scene, rng: np.random.Generator):
         forms = {
             "plain": ("make the background plain", "remove the pattern from the background"),
             "gradient": ("make the background a gradient", "turn the background into a gradient"),
-            "dotted": ("make the background dotted", "add dots to the background", "give the background polka dots"),
             "striped": ("make the background striped", "add stripes to the background", "give the background stripes"),
         }[texture]
         return dataclasses.replace(scene, texture=texture), pick(

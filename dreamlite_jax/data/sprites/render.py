@@ -80,7 +80,7 @@ def _sprite(name: str, colour: str | None, side: int) -> tuple[np.ndarray, np.nd
 
 @functools.cache
 def _background(colour: str, texture: str, size: int) -> np.ndarray:
-    """(size, size, 3) uint8. Dots repeat every 1/8 of the width, stripes every 1/4; a gradient runs top to bottom."""
+    """(size, size, 3) uint8. Stripes repeat every 1/4 of the width; a gradient runs top to bottom."""
     base = np.array(catalog.BACKGROUNDS[colour], np.float32)
     # White has no lighter shade: its gradient comes from a light grey.
     darker, lighter = (base * 0.88, base) if colour == "white" else (base * 0.96, base + 0.7 * (255 - base))
@@ -88,11 +88,6 @@ def _background(colour: str, texture: str, size: int) -> np.ndarray:
     if texture == "gradient":
         share = (ys / size)[..., None]
         picture = darker + share * (lighter - darker)
-    elif texture == "dotted":
-        period = size / 8
-        radius = np.hypot(xs % period - period / 2, ys % period - period / 2)
-        share = np.clip(0.27 * period - radius + 0.5, 0, 1)[..., None]
-        picture = base + share * (base * 0.84 - base)
     elif texture == "striped":
         share = (xs % (size / 4) >= size / 8).astype(np.float32)[..., None]
         picture = base + share * (base * 0.89 - base)
