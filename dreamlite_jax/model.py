@@ -1,4 +1,4 @@
-"""The model as a user holds it: load, encode, sample, decode. `sample`, `evaluate`, the web page and tests stand on this."""
+"""The model as a user holds it: load, encode, sample, decode. `sample` and `evaluate` stand on this."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from dreamlite_jax.training.config import MeshConfig
 
 
 class Generated(NamedTuple):
-    """Images (b, H, W, 3) in [-1, 1], final latents (b, h, w, c), and the data predicted at each step (steps, b, h, w, c)."""
+    """Images (b, H, W, 3) in [-1, 1], final latents (b, h, w, c), data predicted at each step (steps, b, h, w, c)."""
 
     images: np.ndarray
     latents: np.ndarray
@@ -32,7 +32,9 @@ class Generated(NamedTuple):
 class Model:
     """U-Net, autoencoder and text encoder of one model folder. Arrays are NHWC, float32 in and out."""
 
-    def __init__(self, config: ModelConfig, params: dict[str, Any], encoder: Callable[[], PromptEncoder], dtype=jnp.float32):
+    def __init__(
+        self, config: ModelConfig, params: dict[str, Any], encoder: Callable[[], PromptEncoder], dtype=jnp.float32
+    ):
         """`encoder` is called once, when the first prompt is encoded."""
         self.config = config
         self._load_encoder = encoder
@@ -103,7 +105,8 @@ class Model:
           UserError: a size the network cannot take, an empty or over-long prompt, lists of different lengths.
         """
         config = self.config
-        width, height = width or config.native_size, height or config.native_size
+        width = config.native_size if width is None else width
+        height = config.native_size if height is None else height
         steps = config.steps if steps is None else steps
         guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
         if image_guidance_scale is None:
@@ -131,7 +134,9 @@ class Model:
     def _start_noise(self, count: int, shape: tuple[int, int, int], seeds, latents) -> np.ndarray:
         if latents is not None:
             if np.shape(latents) != (count, *shape):
-                raise UserError(f"latents has shape {np.shape(latents)}; {count} prompts at this size need {(count, *shape)}")
+                raise UserError(
+                    f"latents has shape {np.shape(latents)}; {count} prompts at this size need {(count, *shape)}"
+                )
             return np.asarray(latents, np.float32)
         seeds = list(range(count)) if seeds is None else list(seeds)
         if len(seeds) != count:

@@ -1,14 +1,14 @@
 """Encodes a data set once: python -m dreamlite_jax.precompute --config configs/precompute.py:t2i_64 --output DIR.
 
-Writes latents and text states as shards. Run again it makes only the shards that are missing; several hosts (or processes)
-share the work through --host I --hosts N, each taking every N-th shard.
+Writes latents and text states as shards. Run again it makes only the shards that are missing; several hosts (or
+processes) share the work through --host I --hosts N, each taking every N-th shard.
 """
 
-import argparse
 import hashlib
 import json
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,13 @@ def precompute(config: PrecomputeConfig, output: Path, host: int = 0, hosts: int
     from dreamlite_jax.text.cache import CachedEncoder
     from dreamlite_jax.text.load import load_encoder
 
+    cli.check_writable("--output", output)
     if not 0 <= host < hosts:
         raise UserError(f"--host {host} is not below --hosts {hosts}")
     task, _, size = config.source.name.partition("_")
     if not size.isdecimal():
-        raise UserError(f"config.source.name is {config.source.name!r}; it must be a data set and a size, such as t2i_64")
+        name = config.source.name
+        raise UserError(f"config.source.name is {name!r}; it must be a data set and a size, such as t2i_64")
     records = sprites.open_split(config.source.path, task, int(size), config.source.split)
     vae_file = vae_path(config.vae)
     made_of = {"config": to_dict(config), "vae_sha256": sha256(vae_file), "records": len(records)}
@@ -108,9 +110,9 @@ def precompute(config: PrecomputeConfig, output: Path, host: int = 0, hosts: int
     if not todo and (output / "info.json").is_file():
         print(f"{output}: complete, {len(records)} records", file=sys.stderr)
         return
+    encoder = Encoder(vae_file, CachedEncoder(load_encoder(config.text), capacity=50_000, image_in_key=False))
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "made_of.json", made_of)
-    encoder = Encoder(vae_file, CachedEncoder(load_encoder(config.text), capacity=50_000, image_in_key=False))
     progress = Progress(sum(min(config.shard_size, len(records) - i * config.shard_size) for i in todo), len(records))
     for i in todo:
         chunk = range(i * config.shard_size, min((i + 1) * config.shard_size, len(records)))
@@ -150,7 +152,9 @@ class Progress:
         if now - self._printed > 5 or self._done == self._todo:
             rate = self._done / (now - self._started + 1e-9)
             left = (self._todo - self._done) / rate
-            print(f"encoded {self._done}/{self._todo}  {rate:.0f} records/s  ETA {left:.0f}s", file=sys.stderr, flush=True)
+            print(
+                f"encoded {self._done}/{self._todo}  {rate:.0f} records/s  ETA {left:.0f}s", file=sys.stderr, flush=True
+            )
             self._printed = now
 
 
@@ -161,7 +165,7 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several hosts may get here at the same moment
     temporary.write_text(json.dumps(value, indent=1))
     temporary.replace(path)
 
@@ -172,16 +176,18 @@ def refuse_other(output: Path, made_of: dict[str, Any]) -> None:
         return
     path = output / "made_of.json"
     if not path.is_file():
-        if any(output.iterdir()):
+        if any(found.suffix != ".tmp" for found in output.iterdir()):
             raise UserError(f"--output {output} is not empty and was not made by precompute; choose another folder")
         return
     if json.loads(path.read_text()) != json.loads(json.dumps(made_of)):
-        raise UserError(f"--output {output} was made with other settings (see {path}); choose another folder or remove it")
+        raise UserError(
+            f"--output {output} was made with other settings (see {path}); choose another folder or remove it"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m dreamlite_jax.precompute", description=__doc__)
+    parser = cli.Parser(prog="python -m dreamlite_jax.precompute", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--host", type=int, default=0)

@@ -12,7 +12,7 @@ from dreamlite_jax.errors import UserError
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dreamlite_jax.sample", description=__doc__)
+    parser = cli.Parser(prog="python -m dreamlite_jax.sample", description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="model folder, or the workdir of a training run")
     parser.add_argument("--prompt", required=True, help="what to draw, or with --image what to change")
     parser.add_argument("--image", type=Path, help="source of an edit")
@@ -37,7 +37,11 @@ def check(args: argparse.Namespace) -> None:
 
     clean_prompt("edit" if args.image else "generate", args.prompt)
     config = load_config(model_of(str(args.model)))
-    check_image_size(config, args.width or config.native_size, args.height or config.native_size)
+    check_image_size(
+        config,
+        config.native_size if args.width is None else args.width,
+        config.native_size if args.height is None else args.height,
+    )
     for name, least in (("steps", 1), ("num_images", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -48,11 +52,9 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output} is a folder; name a file in it")
     if args.preview and args.preview.exists() and (not args.preview.is_dir() or any(args.preview.iterdir())):
         raise UserError(f"--preview {args.preview} is not an empty folder; choose another")
-    for path in filter(None, (args.output.parent, args.preview)):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path} cannot be created ({error.strerror}); choose a folder that can be written") from error
+    cli.check_writable("--output", args.output.parent)
+    if args.preview:
+        cli.check_writable("--preview", args.preview)
 
 
 def outputs(output: Path, count: int) -> list[Path]:
@@ -83,11 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {
         "prompt": args.prompt,
         "image": str(args.image) if args.image else None,
-        "steps": args.steps or config.steps,
+        "steps": config.steps if args.steps is None else args.steps,
         "guidance_scale": config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        "image_guidance_scale": config.image_guidance_scale if args.image_guidance_scale is None else args.image_guidance_scale,
+        "image_guidance_scale": config.image_guidance_scale
+        if args.image_guidance_scale is None
+        else args.image_guidance_scale,
         "model": str(args.model),
     }
+    for folder in filter(None, (args.output.parent, args.preview)):
+        folder.mkdir(parents=True, exist_ok=True)
     for path, pixels, seed in zip(outputs(args.output, args.num_images), result.images, seeds, strict=True):
         pictures.save_png(path, pixels, {"dreamlite_jax": json.dumps({**settings, "seed": seed})})
         print(path)

@@ -1,11 +1,13 @@
 """Precomputed examples: latents and text states in ArrayRecord shards, written by `precompute`, read by training.
 
-A folder holds `latents-00000-of-00004.array_record`, …, and `info.json`, written last: a folder without it is incomplete.
+A folder holds `latents-00000-of-00004.array_record`, …, and `info.json`, written last: without it the folder is
+incomplete.
 """
 
 import dataclasses
 import json
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,8 @@ def write_shard(path: Path, examples: Iterator[Example]) -> None:
     """Writes one shard under a temporary name and renames it when whole."""
     from array_record.python import array_record_module
 
+    for stale in path.parent.glob(f"{path.stem}.*.tmp"):  # of an attempt that was killed; nobody else writes this shard
+        stale.unlink()
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     try:
@@ -84,7 +88,7 @@ def write_shard(path: Path, examples: Iterator[Example]) -> None:
 def write_info(directory: Path, info: dict[str, Any], null_states: np.ndarray) -> None:
     """Marks a folder complete. `null_states` (s, d) is the empty prompt, for dropped text."""
     info = {"format": FORMAT, **info, "null_states": np.asarray(null_states, np.float32).tolist()}
-    temporary = directory / "info.json.tmp"
+    temporary = directory / f"info.json.{uuid.uuid4().hex}.tmp"  # several hosts may get here at the same moment
     temporary.write_text(json.dumps(info))
     os.replace(temporary, directory / "info.json")
 
@@ -98,7 +102,8 @@ def read_info(directory: str | os.PathLike) -> dict[str, Any]:
     path = Path(directory) / "info.json"
     if not path.is_file():
         raise UserError(
-            f"{directory} holds no complete set of latents (no info.json); make one with python -m dreamlite_jax.precompute"
+            f"{directory} holds no complete set of latents (no info.json); "
+            "make one with python -m dreamlite_jax.precompute"
         )
     info = json.loads(path.read_text())
     if info.get("format") != FORMAT:
@@ -127,7 +132,9 @@ def collate(example: Example, text_length: int) -> dict[str, np.ndarray]:
     """
     tokens, width = example.states.shape
     if tokens > text_length:
-        raise UserError(f"record {example.id} has {tokens} text tokens; data.text_length {text_length} is too small for it")
+        raise UserError(
+            f"record {example.id} has {tokens} text tokens; data.text_length {text_length} is too small for it"
+        )
     text = np.zeros((text_length, width), np.float32)
     text[:tokens] = example.states
     weight = np.ones(example.target.shape[:2], np.float32)

@@ -31,7 +31,7 @@ def combine(
 ) -> Latent:
     """Guided velocity of the stacked branches, in the order of `branches`.
 
-    One: v. Two: v0 + g (v1 - v0). Three: v0 + g (v_text - v_image) + g_image (v_image - v0), as in InstructPix2Pix eq. 3.
+    One: v. Two: v0 + g (v1 - v0). Three: v0 + g (v_text - v_image) + g_image (v_image - v0), InstructPix2Pix eq. 3.
     """
     match velocities.shape[0]:
         case 1:

@@ -64,15 +64,15 @@ def guided_velocity(
     g, b = conditioning.text.shape[:2]
 
     def merge(a: Array) -> Array:
-        return a.reshape((g * b,) + a.shape[2:])
+        return a.reshape((g * b, *a.shape[2:]))
 
-    canvas = panels.compose(jnp.broadcast_to(x, (g,) + x.shape).reshape((g * b,) + x.shape[1:]),
+    canvas = panels.compose(jnp.broadcast_to(x, (g, *x.shape)).reshape((g * b, *x.shape[1:])),
                             merge(conditioning.image), layout)  # fmt: skip
     timestep = jnp.full((g * b,), flow.TIMESTEPS * sigma, jnp.float32)
     sizes = jnp.broadcast_to(time_ids, (g, b, 2)).reshape(g * b, 2)
     out = velocity(canvas, timestep, merge(conditioning.text), merge(conditioning.mask), sizes)
     out = panels.target_half(out, layout)
-    return guidance.combine(out.reshape((g, b) + out.shape[1:]), guidance_scale, image_guidance_scale)
+    return guidance.combine(out.reshape((g, b, *out.shape[1:])), guidance_scale, image_guidance_scale)
 
 
 def sample(
@@ -94,9 +94,7 @@ def sample(
 
     def step(x: Latent, pair: tuple[Array, Array]) -> tuple[Latent, Latent]:
         now, after = pair
-        v = guided_velocity(
-            velocity, x, now, conditioning, time_ids, guidance_scale, image_guidance_scale, layout
-        )
+        v = guided_velocity(velocity, x, now, conditioning, time_ids, guidance_scale, image_guidance_scale, layout)
         batch = jnp.full((x.shape[0],), 1.0, x.dtype)
         return flow.euler_step(x, v, now * batch, after * batch), flow.predict_data(x, v, now * batch)
 

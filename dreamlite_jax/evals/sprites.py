@@ -38,8 +38,9 @@ class Protocol:
     def line(self, model: Model) -> str:
         c = model.config
         return (
-            f"sprites/{self.split}, {self.items} items a task, {self.size} px, {self.steps} Euler steps, guidance {c.guidance_scale} "
-            f"(image {c.image_guidance_scale}), EMA weights, noise seeds 0..{self.items - 1}, distance: mean squared pixel error"
+            f"sprites/{self.split}, {self.items} items a task, {self.size} px, {self.steps} Euler steps, "
+            f"guidance {c.guidance_scale} (image {c.image_guidance_scale}), EMA weights, "
+            f"noise seeds 0..{self.items - 1}, distance: mean squared pixel error"
         )
 
 
@@ -128,9 +129,7 @@ def score_edits(items: list[builder.Sample], made: np.ndarray, protocol: Protoco
 
 def by_tag(items: list[builder.Sample], right: list[bool]) -> dict[str, float]:
     tags = sorted({item.tag for item in items})
-    return {
-        tag: float(np.mean([ok for item, ok in zip(items, right, strict=True) if item.tag == tag])) for tag in tags
-    }
+    return {tag: float(np.mean([ok for item, ok in zip(items, right, strict=True) if item.tag == tag])) for tag in tags}
 
 
 def generation_grid(items: list[builder.Sample], made: np.ndarray, protocol: Protocol) -> np.ndarray:
@@ -166,5 +165,3 @@ def rows_of(items: list[builder.Sample], rows: list[tuple[str, np.ndarray]], pro
 def save(path: Path, grid: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid).save(path)
-
-

@@ -22,9 +22,9 @@ def load_encoder(config: TextConfig) -> PromptEncoder:
     found = weights_sha256(directory)
     if config.sha256 and found != config.sha256:
         raise UserError(
-            f"text.sha256: the encoder's weights in {config.source} have sha256 {found[:12]}…, but the model was trained with "
-            f"{config.sha256[:12]}…; install the version it names"
+            f"text.sha256: the encoder's weights in {config.source} have sha256 {found[:12]}…, but the model was "
+            f"trained with {config.sha256[:12]}…; install the version it names"
         )
     _, params = load_minilm(directory)
-    buckets = tuple(n for n in (16, 32, 48, 64, 128, 256) if n < config.max_length) + (config.max_length,)
+    buckets = (*tuple(n for n in (16, 32, 48, 64, 128, 256) if n < config.max_length), config.max_length)
     return MiniLMEncoder(params, max_length=config.max_length, buckets=buckets)

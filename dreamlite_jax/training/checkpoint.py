@@ -20,7 +20,9 @@ class Checkpoints:
         self.directory = (workdir / "checkpoints").absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            ),
         )
 
     def latest_step(self) -> int | None:
@@ -40,8 +42,8 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, step: int, state: Any, iterator: Any, architecture: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """(state, meta) at `step`, the iterator moved to its place; `state` gives shapes and shardings.
+    def meta(self, step: int, architecture: dict[str, Any]) -> dict[str, Any]:
+        """What `save` was told of the run at `step`; touches no device.
 
         Raises:
           UserError: the checkpoint was written for another architecture.
@@ -49,16 +51,21 @@ class Checkpoints:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         stored, wanted = json.dumps(meta["model"], sort_keys=True), json.dumps(architecture, sort_keys=True)
         if stored != wanted:
+            difference = _first_difference(meta["model"], architecture)
             raise UserError(
-                f"{self.directory} holds a checkpoint of another architecture: {_first_difference(meta['model'], architecture)}; "
-                "use another --workdir, or the config it was started with"
+                f"{self.directory} holds a checkpoint of another architecture: {difference}; use another --workdir, "
+                "or the config it was started with"
             )
+        return meta
+
+    def restore(self, step: int, state: Any, iterator: Any) -> Any:
+        """The state at `step`, the iterator moved to its place; `state` gives shapes and shardings."""
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore())
         )
         iterator.set_state(restored["data"])
-        return restored["state"], meta
+        return restored["state"]
 
     def wait(self) -> None:
         self._manager.wait_until_finished()

@@ -3,6 +3,8 @@
 import ast
 import dataclasses
 import importlib.util
+import inspect
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,7 +32,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source of a mixture: a folder of precomputed latents, or split `split` of data set `name` (t2i_64, …) in a folder."""
+    """One source of a mixture: a folder of precomputed latents, or a split of data set `name` (t2i_64, …) in it."""
 
     path: str
     weight: float = 1.0
@@ -77,12 +79,22 @@ class MeshConfig:
     fsdp: int = 1
 
 
+COUNTS = ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "grid_every", "grid_items", "grid_steps")
+
+
+def at_least_one(config: Any, where: str, names: Sequence[str]) -> None:
+    """Raises `UserError` for the first of these fields that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"config.{where}{name} is {getattr(config, name)}; it must be at least 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One stage of training.
 
     `init_from` is a model folder (also a workdir, whose exported model is meant); without it the network starts from
-    random weights. `vae` is the autoencoder file that latents were made with ("" means the one shipped with the package).
+    random weights. `vae` is the autoencoder file that latents were made with ("" means the shipped one).
     """
 
     stage: Literal["flow_matching", "vae"]
@@ -106,13 +118,16 @@ class TrainConfig:
     grid_steps: int = 20
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "grid_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.data.batch_size < 1:
-            raise UserError(f"data.batch_size is {self.data.batch_size}; it must be at least 1")
+        at_least_one(self, "", COUNTS)
+        at_least_one(self.data, "data.", ("batch_size", "text_length"))
         if not self.data.sources:
-            raise UserError("data.sources is empty; it needs at least one source to train on")
+            raise UserError("config.data.sources is empty; it needs at least one source to train on")
+        for i, source in enumerate(self.data.sources):
+            if not source.weight > 0:
+                raise UserError(f"config.data.sources[{i}].weight is {source.weight}; it must be above 0")
+        for name in ("text_drop", "image_drop"):
+            if not 0 <= getattr(self.flow, name) <= 1:
+                raise UserError(f"config.flow.{name} is {getattr(self.flow, name)}; it must be a share from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +136,12 @@ class PrecomputeConfig:
 
     source: SourceConfig
     vae: str = ""
-    text: TextConfig = TextConfig()
+    text: TextConfig = TextConfig()  # noqa: RUF009 (frozen)
     batch_size: int = 64
     shard_size: int = 4096
+
+    def __post_init__(self):
+        at_least_one(self, "", ("batch_size", "shard_size"))
 
 
 ConfigT = TypeVar("ConfigT", TrainConfig, PrecomputeConfig)
@@ -154,6 +172,8 @@ def read_config_file(location: str) -> dict[str, Any]:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config {path}: the file defines no get_config()")
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise UserError(f"--config {location}: {path} takes no argument; write --config {path}")
     try:
         config = module.get_config(argument) if argument else module.get_config()
     except KeyError as error:
@@ -170,15 +190,12 @@ def _override(mapping: dict[str, Any], override: str, cls: type) -> None:
     for i, key in enumerate([*parents, leaf]):
         if not isinstance(node, dict | list | tuple):
             raise UserError(f"config.{name} is not a known field; config.{'.'.join(parents[:i])} has no fields")
-        known = node if isinstance(node, dict) else [str(i) for i in range(len(node))]
+        entries = isinstance(node, list | tuple)
+        known = {str(i) for i in range(len(node))} if entries else {*node, *_fields_at(cls, parents[:i])}
         if key not in known:
-            if isinstance(node, dict) and _is_default_field(cls, parents[:i], key):
-                if i < len(parents):
-                    node = node.setdefault(key, {})
-                continue
             raise UserError(f"config.{name} is not a known field{suggestion(key, known)}")
         if i < len(parents):
-            node = node[key] if isinstance(node, dict) else node[int(key)]
+            node = node[int(key)] if entries else node.setdefault(key, {})
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -189,10 +206,11 @@ def _override(mapping: dict[str, Any], override: str, cls: type) -> None:
         raise UserError(f"config.{name}: override a field of an entry, such as config.{name}.path")
 
 
-def _is_default_field(cls: Any, parents: Sequence[str], key: str) -> bool:
-    """Whether `key` is a field that the file left at its default."""
+def _fields_at(cls: Any, parents: Sequence[str]) -> set[str]:
+    """Names of the fields at this path of the config, those included that a file leaves at their default."""
     for parent in parents:
-        if not dataclasses.is_dataclass(cls):
-            return False
-        cls = {f.name: f.type for f in dataclasses.fields(cls)}.get(parent)
-    return dataclasses.is_dataclass(cls) and key in {f.name for f in dataclasses.fields(cls)}
+        if typing.get_origin(cls) is tuple:  # an entry of `data.sources`
+            cls = typing.get_args(cls)[0]
+        elif dataclasses.is_dataclass(cls):
+            cls = {f.name: f.type for f in dataclasses.fields(cls)}.get(parent)
+    return {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dreamlite_jax.config import to_dict
+from dreamlite_jax.errors import UserError
 from dreamlite_jax.training import optim, sharding
 from dreamlite_jax.training import state as train_state
 from dreamlite_jax.training.checkpoint import Checkpoints
@@ -51,6 +52,16 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
     clock = Clock()
     config_record = to_dict(config)
 
+    # 0. What can be wrong with a run to go on with is said before any device work.
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    start = checkpoints.latest_step() or 0
+    if start > config.steps:
+        raise UserError(
+            f"config.steps is {config.steps}, but {workdir} has trained {start} steps; use another --workdir"
+        )
+    if start:
+        clock.restore(checkpoints.meta(start, config_record["model"])["clock"])
+
     # 1. Devices and state. Shapes first, so that parameters are born where they belong.
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -60,15 +71,13 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
         state = create(stage.init_params(key))
         placement = sharding.state_sharding(mesh, state)
         state = jax.device_put(state, placement)
-        print(f"{config.stage}: {_count(state.params) / 1e6:.2f} M parameters on {mesh.devices.size} device(s)", file=sys.stderr)
+        count = _count(state.params) / 1e6
+        print(f"{config.stage}: {count:.2f} M parameters on {mesh.devices.size} device(s)", file=sys.stderr)
 
-        # 2. Resume. In this order: checkpoint, iterator, clock, then the metrics file is cut back to the restored step.
-        checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+        # 2. Resume. In this order: state, iterator, then the metrics file is cut back to the restored step.
         iterator = iter(stage.dataset())
-        start = checkpoints.latest_step() or 0
         if start:
-            state, meta = checkpoints.restore(start, state, iterator, config_record["model"])
-            clock.restore(meta["clock"])
+            state = checkpoints.restore(start, state, iterator)
             print(f"resumed from step {start}", file=sys.stderr)
         metrics = Metrics(workdir, start)
 
@@ -99,7 +108,8 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
                     last_logged = step
                     clock.progress(step, config.steps, config.data.batch_size, means)
             if saving:
-                checkpoints.save(step, state, position, {"model": config_record["model"], "config": config_record, "clock": clock.state()})
+                meta = {"model": config_record["model"], "config": config_record, "clock": clock.state()}
+                checkpoints.save(step, state, position, meta)
                 if logging:
                     clock.paused()
             if step % config.grid_every == 0 or step == config.steps:
@@ -109,7 +119,12 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
 
         # 5. Export the averaged parameters.
         checkpoints.wait()
-        provenance = {"config": config_record, "steps": config.steps, "clock": clock.state(), "written": time.strftime("%F")}
+        provenance = {
+            "config": config_record,
+            "steps": config.steps,
+            "clock": clock.state(),
+            "written": time.strftime("%F"),
+        }
         stage.export(jax.device_get(state.ema), export, provenance)
         checkpoints.close()
         metrics.close()
@@ -138,7 +153,7 @@ def _count(params: Any) -> int:
 
 
 def check(config: TrainConfig, stage: Stage) -> list[str]:
-    """Builds everything but runs no step: parameters by shape, one real batch, the step's shapes. What it found, in lines."""
+    """Builds everything but runs no step: parameters by shape, one real batch, the step's shapes. Says what it saw."""
     params = jax.eval_shape(stage.init_params, jax.random.key(config.seed))
     optimizer = optim.optimizer(config.optim, config.steps)
     state = jax.eval_shape(lambda p: train_state.create(p, optimizer), params)

@@ -124,8 +124,8 @@ class Clock:
         rate = batch_size / pace if pace else 0.0
         print(
             f"step {step}/{steps}  loss {means.get('loss', float('nan')):.4f}  grad {means.get('grad_norm', 0):.2f}  "
-            f"{pace:.3f} s/step  {rate:.1f} img/s ({rate / jax.device_count():.1f} a chip)  ETA {duration(pace * (steps - step))}  "
-            f"compile {duration(self.compile)}  paused {duration(self.pause)}",
+            f"{pace:.3f} s/step  {rate:.1f} img/s ({rate / jax.device_count():.1f} a chip)  "
+            f"ETA {duration(pace * (steps - step))}  compile {duration(self.compile)}  paused {duration(self.pause)}",
             file=sys.stderr,
             flush=True,
         )

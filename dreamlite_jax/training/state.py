@@ -38,7 +38,9 @@ def make_step(
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integers; our own arithmetic does not
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            rate = jnp.asarray(learning_rate(state.step), jnp.float32)
         params = optax.apply_updates(state.params, updates)
         ema = optim.ema_update(state.ema, params, config.ema_decay, state.step.astype(jnp.float32))
         metrics = {
@@ -46,7 +48,7 @@ def make_step(
             **metrics,
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
-            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+            "learning_rate": rate,
         }
         return TrainState(params, ema, opt_state, state.step + 1), metrics
 

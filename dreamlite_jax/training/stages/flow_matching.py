@@ -18,7 +18,6 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import load_config, load_params, load_vae, save_model
 from dreamlite_jax.models.unet import UNet, dummy_inputs
 from dreamlite_jax.models.vae import VAE
-from dreamlite_jax.training import sharding
 from dreamlite_jax.training.config import TrainConfig
 
 SAMPLE_SEED = 1000  # of the first item of a grid; item i has SAMPLE_SEED + i

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dreamlite_jax import pictures
+from dreamlite_jax.model_folder import new_folder, save_vae
 from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.training.config import TrainConfig
 
@@ -49,15 +50,17 @@ class VAEStage:
             .shuffle().repeat().map(decode_image)
             for i, source in enumerate(data.sources)
         ]  # fmt: skip
-        stream = grain.MapDataset.mix(streams, [source.weight for source in data.sources]) if len(streams) > 1 else streams[0]
+        weights = [source.weight for source in data.sources]
+        stream = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
         stream = stream[jax.process_index() :: jax.process_count()].batch(data.batch_size // jax.process_count())
-        return stream.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * data.threads))
+        options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * max(1, data.threads))
+        return stream.to_iter_dataset(options)
 
     def grid(self, params: Any) -> np.ndarray:
         """Pictures of the validation split above their reconstructions, with the PSNR of each."""
         source = (self.config.data.validation or self.config.data.sources)[0]
         records = open_images(source.path, source.name, source.split)
-        images = np.stack([decode_image(records[i])["image"] for i in range(self.config.grid_items)])
+        images = np.stack([decode_image(records[i])["image"] for i in range(min(self.config.grid_items, len(records)))])
         decoded = np.clip(np.asarray(jax.jit(self.model.apply)({"params": params}, images)), -1, 1)
         psnr = [pictures.psnr(a, b) for a, b in zip(images, decoded, strict=True)]
         return pictures.grid(
@@ -67,14 +70,12 @@ class VAEStage:
         )
 
     def export(self, params: Any, directory: Path, provenance: dict[str, Any]) -> None:
-        from dreamlite_jax.model_folder import save_vae
-
-        directory.mkdir(parents=True, exist_ok=True)
-        save_vae(directory / "vae.safetensors", self.config.model.vae, params, provenance)
+        with new_folder(directory) as folder:
+            save_vae(folder / "vae.safetensors", self.config.model.vae, params, provenance)
 
 
 def open_images(path: str, name: str, split: str):
-    """Random-access PNG bytes of a sprites data set (`name` such as edit_64): targets, and sources where there are any."""
+    """Random-access PNG bytes of a sprites data set (`name` such as edit_64), as records."""
     from dreamlite_jax.data.sprites import builder
 
     task, _, size = name.partition("_")
