@@ -102,7 +102,7 @@ class PointwiseConv(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
+    def __call__(self, x: FeatureMap) -> Float[Array, "b h w o"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (1, 1, x.shape[-1], self.features))
         y = matmul(x.astype(self.dtype), kernel[0, 0].astype(self.dtype))
         if self.use_bias:
@@ -126,7 +126,7 @@ def _grouped_conv3x3(x: FeatureMap, kernel: Float[Array, "3 3 1 c"]) -> FeatureM
     )
 
 
-def _shifts(x: FeatureMap) -> list[FeatureMap]:
+def _shifts(x: Float[Array, "*b h w c"]) -> list[Float[Array, "*b h w c"]]:
     """`x` seen from each of the nine taps, row by row."""
     h, w = x.shape[-3:-1]
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(1, 1), (1, 1), (0, 0)])
@@ -183,7 +183,7 @@ class SeparableConv(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
+    def __call__(self, x: FeatureMap) -> Float[Array, "b h w o"]:
         x = DepthwiseConv(self.dtype, name="depthwise")(x)
         return PointwiseConv(self.features, self.dtype, name="pointwise")(x)
 
@@ -201,7 +201,7 @@ class ResBlock(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: FeatureMap, time: Float[Array, "b d"]) -> FeatureMap:
+    def __call__(self, x: FeatureMap, time: Float[Array, "b t"]) -> Float[Array, "b h w o"]:
         if self.separable:
             inner = 2 * self.features
             conv1 = SeparableConv(inner, self.dtype, name="conv1")
@@ -251,7 +251,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Tokens, context: Tokens, bias: TextMask | None) -> Tokens:
+    def __call__(self, x: Tokens, context: Float[Array, "b m d"], bias: Float[Array, "b m"] | None) -> Tokens:
         b, n, c = x.shape
         d = c // self.heads
         q = Dense(c, self.dtype, use_bias=False, name="to_q")(x).reshape(b, n, self.heads, d)
@@ -270,7 +270,7 @@ class GEGLU(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Tokens) -> Tokens:
+    def __call__(self, x: Tokens) -> Float[Array, "b n o"]:
         value, gate = jnp.split(Dense(2 * self.inner, self.dtype, name="proj")(x), 2, -1)
         return value * gelu(gate)
 
@@ -340,7 +340,7 @@ class Resample(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
+    def __call__(self, x: FeatureMap) -> Float[Array, "b h2 w2 o"]:
         return conv(self.features, 3, stride=1 if self.up else 2, dtype=self.dtype, name="conv")(
             upsample_nearest(x) if self.up else x
         )

@@ -16,14 +16,14 @@ class TextProjection(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, text: TextStates) -> TextStates:
+    def __call__(self, text: TextStates) -> Float[Array, "b s o"]:
         return blocks.RMSNorm(name="proj_1")(blocks.Dense(self.features, self.dtype, name="proj_0")(text))
 
 
 class Stage(nn.Module):
     """One level: res blocks, each followed by the transformer that the level's kind asks for.
 
-    As in the oracle, `kind` "self_cross" of the middle has one res block before its first transformer and one after each.
+    As in the oracle, the middle has one res block before its first transformer and one after each.
     """
 
     config: UNetConfig
@@ -35,12 +35,14 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: FeatureMap, time: Float[Array, "b d"], text: TextStates, bias: TextMask, skips: list[FeatureMap]
-    ) -> tuple[FeatureMap, list[FeatureMap]]:
+        self, x: FeatureMap, time: Float[Array, "b t"], text: TextStates, bias: TextMask, skips: list[Array]
+    ) -> tuple[Float[Array, "b h2 w2 o"], list[Array]]:
         config, features = self.config, self.config.block_out_channels[self.level]
-        res_count = {"down": config.layers_per_block, "mid": config.mid_layers, "up": config.layers_per_block + 1}[self.role]
+        res_count = {"down": config.layers_per_block, "mid": config.mid_layers, "up": config.layers_per_block + 1}[
+            self.role
+        ]
 
-        def res(i: int, x: FeatureMap) -> FeatureMap:
+        def res(i: int, x: FeatureMap) -> Float[Array, "b h w o"]:
             block = blocks.ResBlock(
                 features, config.norm_groups, config.norm_eps, config.separable_convs, self.dtype, name=f"resnets_{i}"
             )
@@ -51,8 +53,8 @@ class Stage(nn.Module):
                 return x
             heads = config.num_heads[self.level]
             block = blocks.SpatialTransformer(
-                config.transformer_layers[self.level], heads, config.num_kv_heads or heads, config.qk_norm, config.ff_mult,
-                self.kind == "self_cross", config.norm_groups, self.dtype, name=f"attentions_{i}",
+                config.transformer_layers[self.level], heads, config.num_kv_heads or heads, config.qk_norm,
+                config.ff_mult, self.kind == "self_cross", config.norm_groups, self.dtype, name=f"attentions_{i}",
             )  # fmt: skip
             return pin(block(x, text, bias), self.sharding)
 
@@ -134,7 +136,7 @@ class UNet(nn.Module):
         # In float32: the last product decides the precision of the velocity and costs next to nothing.
         return blocks.conv(config.out_channels, 3, dtype=jnp.float32, name="conv_out")(x)
 
-    def time_features(self, timestep: PerSample, time_ids: TimeIds) -> Float[Array, "b d"]:
+    def time_features(self, timestep: PerSample, time_ids: TimeIds) -> Float[Array, "b t"]:
         """Sum of the timestep's and the panel size's embeddings, each through its MLP."""
         config = self.config
         width = 4 * config.block_out_channels[0]
