@@ -1,4 +1,4 @@
-"""The smallest model that has every part, synthetic latents for it and a training config, for tests of the machinery."""
+"""The smallest model with every part, synthetic latents for it and a training config, for tests of the machinery."""
 
 from pathlib import Path
 from typing import Any
