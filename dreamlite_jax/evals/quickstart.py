@@ -1,6 +1,5 @@
-"""The last step of the quick start: one table, `report.json` and `report.md` with the pictures, and whether it learned."""
+"""The last step of the quick start: one table, `report.json`, `report.md` with the pictures, and whether it learned."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -33,23 +32,27 @@ def collect(work: Path) -> dict[str, Any]:
     for stage in STAGES:
         provenance = json.loads((work / stage / "model" / "model.json").read_text())["provenance"]
         clock = provenance["clock"]
+        minutes = sum(clock.values()) / 60
         stages.append(
-            {"stage": stage, "steps": provenance["steps"], "minutes": sum(clock.values()) / 60, "numbers": headline(evals[stage])}
+            {"stage": stage, "steps": provenance["steps"], "minutes": minutes, "numbers": headline(evals[stage])}
         )
-    psnr = {
-        name: pictures.psnr(*(np.asarray(Image.open(work / "pictures" / f"{name}{kind}.png")) for kind in ("", "_litert")), 255.0)
-        for name in ("made", "edited")
-    }
+    psnr = {name: runtime_psnr(work / "pictures", name) for name in ("made", "edited")}
     litert = json.loads((work / "litert" / "report.json").read_text())
     return {
         "stages": stages,
         "minutes": {name: value / 60 for name, value in seconds.items()},
         "total_minutes": sum(seconds.values()) / 60,
         "evals": evals,
-        "runtime_psnr_db": {name: min(value, 100.0) for name, value in psnr.items()},
+        "runtime_psnr_db": psnr,
         "litert": litert,
         "checks": checks(evals, psnr),
     }
+
+
+def runtime_psnr(folder: Path, name: str) -> float:
+    """PSNR in dB between the picture of the JAX sampler and that of the LiteRT runtime, at most 100."""
+    jax_made, litert_made = (np.asarray(Image.open(folder / f"{name}{kind}.png")) for kind in ("", "_litert"))
+    return min(pictures.psnr(jax_made, litert_made, value_range=255.0), 100.0)
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -74,8 +77,10 @@ def checks(evals: dict[str, Any], psnr: dict[str, float]) -> list[dict[str, Any]
         ("joint beside edit alone, edit gain", "edit", "edit", "edit_gain"),
     ):
         rows.append((name, joint[task][key] - evals[specialist]["validation"][task][key], -SPECIALIST_MARGIN))
-    rows += [(f"LiteRT beside JAX, {name} picture, dB", min(value, 100.0), RUNTIME_PSNR) for name, value in psnr.items()]
-    return [{"what": name, "value": value, "least": floor, "holds": bool(value >= floor)} for name, value, floor in rows]
+    rows += [(f"LiteRT beside JAX, {name} picture, dB", value, RUNTIME_PSNR) for name, value in psnr.items()]
+    return [
+        {"what": name, "value": value, "least": floor, "holds": bool(value >= floor)} for name, value, floor in rows
+    ]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -93,7 +98,8 @@ def table(report: dict[str, Any]) -> str:
     lines.append(f"| evaluate | | {evaluations:.1f} | held out: {held_out(report)} |")
     rest = sum(minutes.get(k, 0) for k in ("sample", "sample_edit", "litert", "runtime", "runtime_edit"))
     psnr = report["runtime_psnr_db"]
-    lines.append(f"| convert, run | | {rest:.1f} | LiteRT beside JAX {psnr['made']:.0f} dB generated, {psnr['edited']:.0f} dB edited |")
+    beside = f"LiteRT beside JAX {psnr['made']:.0f} dB generated, {psnr['edited']:.0f} dB edited"
+    lines.append(f"| convert, run | | {rest:.1f} | {beside} |")
     lines.append(f"| **all** | | **{report['total_minutes']:.1f}** | |")
     return "\n".join(lines)
 
@@ -105,7 +111,8 @@ def held_out(report: dict[str, Any]) -> str:
 def page(report: dict[str, Any], work: Path) -> str:
     """`report.md`: the table, what had to hold, the grids, what to try next."""
     checked = "\n".join(
-        f"| {row['what']} | {row['value']:.3f} | {row['least']:g} | {'yes' if row['holds'] else '**no**'} |" for row in report["checks"]
+        f"| {row['what']} | {row['value']:.3f} | {row['least']:g} | {'yes' if row['holds'] else '**no**'} |"
+        for row in report["checks"]
     )
     grids = "\n\n".join(
         f"![{name}](evals/joint/{name}.png)"
@@ -133,16 +140,21 @@ object–colour and object–place pairs that never occur in training.
 
 
 def commands(work: Path) -> str:
-    """The three commands to try."""
-    return f"""```
-python -m dreamlite_jax.sample --model {work}/joint --prompt "a cat to the left of a dog" --output cat.png
-python -m dreamlite_jax.sample --model {work}/joint --prompt "change the background to pink" --image cat.png --output pink.png
-python -m conversion.runtime --model {work}/litert --prompt "two red hearts on a white background" --output hearts.png
-```"""
+    """The three commands to try, run where `work` was given."""
+    sample = f"python -m dreamlite_jax.sample --model {work}/joint"
+    return "\n".join(
+        (
+            "```",
+            f'{sample} --prompt "a cat to the left of a dog" --output cat.png',
+            f'{sample} --prompt "change the background to pink" --image cat.png --output pink.png',
+            f'python -m conversion.runtime --model {work}/litert --prompt "two red hearts" --output hearts.png',
+            "```",
+        )
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dreamlite_jax.evals.quickstart", description=__doc__)
+    parser = cli.Parser(prog="python -m dreamlite_jax.evals.quickstart", description=__doc__)
     parser.add_argument("--workdir", required=True, type=Path)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if not (args.workdir / "steps").is_dir():
