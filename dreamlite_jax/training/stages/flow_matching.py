@@ -119,7 +119,7 @@ class FlowMatchingStage:
                 pictures.to_uint8(self._decode(x))
                 for x in (self._sample(params, batch, editing), batch["target"], batch["source"])
             )
-            rows, titles = [(result, "result"), (truth, "target")], f"{items[0].task}: {source.path}"
+            rows, titles = [(result, "result"), (truth, "target")], f"{items[0].task}: {Path(source.path).name}"
             if editing:
                 rows.insert(0, (given, "source"))
             grids.append(
