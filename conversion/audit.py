@@ -11,6 +11,7 @@ from typing import Any
 from dreamlite_jax.errors import UserError
 
 MAX_DIMENSIONS = 4
+WEIGHTED = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")
 WIDE_TYPES = ("INT64", "UINT64", "FLOAT64", "COMPLEX64", "COMPLEX128")
 
 
@@ -71,6 +72,8 @@ def audit(path: str | Path) -> Audit:
                 faults[f"{operation.kind} has a tensor of {tensor.dtype}, {where}"] = None
             if tensor.dynamic:
                 faults[f"{operation.kind} has a tensor without a static shape, {where}"] = None
+        if operation.kind in WEIGHTED and not operation.inputs[1].constant:
+            faults[f"{operation.kind} has weights that are computed at run time, {where}"] = None
     return Audit(Path(path).stat().st_size, dict(counts.most_common()), tuple(faults))
 
 
@@ -108,7 +111,14 @@ def operations(path: str | Path) -> Iterator[Operation]:
             op = graph.Operators(i)
             inputs = tuple(tensor(graph, op.Inputs(k)) for k in range(op.InputsLength()) if op.Inputs(k) >= 0)
             outputs = tuple(tensor(graph, op.Outputs(k)) for k in range(op.OutputsLength()))
-            yield Operation(kind(op.OpcodeIndex()), outputs[0].name if outputs else "?", inputs, outputs)
+            yield Operation(kind(op.OpcodeIndex()), layer_of(outputs[0].name) if outputs else "?", inputs, outputs)
+
+
+def layer_of(tensor_name: str) -> str:
+    """The module that made a tensor: "jit(unet)/mid_block/resnets_0/conv1/pointwise/dot;…" is mid_block/…/pointwise."""
+    first = tensor_name.split(";")[0]
+    parts = [part for part in first.split("/") if not part.startswith("jit(")]
+    return "/".join(parts[:-1]) or first
 
 
 def read_metadata(path: str | Path, name: str = "dreamlite") -> dict[str, Any]:

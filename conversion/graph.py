@@ -10,13 +10,13 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from dreamlite_jax.config import ModelConfig, check_image_size
+from dreamlite_jax.config import ModelConfig, UNetConfig, check_image_size
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.blocks import MASK_BIAS
 from dreamlite_jax.models.minilm import MiniLMConfig
 
 from . import graph_text, graph_unet, graph_vae
-from .graph_ops import Node, export_layout
+from .graph_ops import Node, export_layout, scale_queries
 
 Component = Literal["unet", "vae_encoder", "vae_decoder", "text"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
@@ -134,7 +134,18 @@ def _unet(config: ModelConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
     def apply(params: Any, *args: jax.Array) -> jax.Array:
         return graph_unet.unet(Node("unet", params), unet, *args, attention_chunk=sizes.attention_chunk)
 
+    _scale_unet_queries(params, unet)
     return Graph("unet", inputs, output, export_layout(params), apply)
+
+
+def _scale_unet_queries(params: dict[str, Any], unet: UNetConfig) -> None:
+    """Puts 1 / sqrt(head width) of every level into what acts on its queries last: their norm, or the projection."""
+    last = unet.levels - 1
+    stages = [(f"down_blocks_{level}", level) for level in range(unet.levels)]
+    stages += [("mid_block", last)] + [(f"up_blocks_{i}", last - i) for i in range(unet.levels)]
+    for stage, level in stages:
+        head_width = unet.block_out_channels[level] // unet.num_heads[level]
+        scale_queries(params[stage], "norm_q" if unet.qk_norm else "to_q", head_width**-0.5)
 
 
 def _vae(component: Component, config: ModelConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
@@ -151,6 +162,7 @@ def _vae(component: Component, config: ModelConfig, params: dict[str, Any], size
 def _text(config: MiniLMConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
     b, s = sizes.batch, sizes.text_length
     graph_text.fold_positions(params, s)
+    scale_queries(params["encoder"], "query", config.head_dim**-0.5)
     inputs = (
         Port("token_ids", (b, s), "int32", "[CLS] words [SEP], padded with [PAD]"),
         Port("text_bias", (b, s), "float32", f"0 for a token, {MASK_BIAS:g} for padding"),

@@ -137,6 +137,15 @@ def gelu(x: Array) -> Array:
     return jax.lax.composite(lambda x, **_: blocks.gelu(x), "aten.gelu.default")(x, approximate="none")
 
 
+def embedding_lookup(ids: Array, table: Array) -> Array:
+    """Rows (n, d) of a table for int32 ids (n,): EMBEDDING_LOOKUP. A plain gather becomes GATHER_ND, which GPUs refuse."""
+
+    def rows(ids: Array, table: Array, **_: Any) -> Array:
+        return jnp.asarray(table).at[ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+    return jax.lax.composite(rows, "odml.embedding_lookup")(ids, table)
+
+
 def upsample_nearest(x: Array) -> Array:
     """Each pixel becomes a 2x2 block (RESIZE_NEAREST_NEIGHBOR)."""
     size = np.array([2 * x.shape[1], 2 * x.shape[2]], np.int32)
@@ -144,14 +153,28 @@ def upsample_nearest(x: Array) -> Array:
     return repeat(x, size=size)
 
 
+def scale_queries(tree: dict[str, Any], name: str, factor: float) -> None:
+    """Multiplies `factor` into the weights below `name`, the last that act on queries before their scores.
+
+    In the graph the converter would move the product onto the weights and leave it to be computed in every call.
+    """
+    for key, value in tree.items():
+        if not isinstance(value, Mapping):
+            continue
+        if key == name:
+            tree[key] = {leaf: np.asarray(array) * np.float32(factor) for leaf, array in value.items()}
+        else:
+            scale_queries(tree[key], name, factor)
+
+
 def attend(q: Array, k: Array, v: Array, bias: Array | None, chunk: int = 0) -> Array:
-    """Softmax attention of rows (…, r, d) over keys (…, m, d), leading axes equal; `bias` is added to the scores.
+    """Softmax attention of scaled rows (…, r, d) over keys (…, m, d), leading axes equal.
 
     Args:
+      bias: added to the scores.
       chunk: rows computed at a time, which bounds the memory of the scores to chunk · m; 0 takes all at once.
     """
     rows, axis = q.shape[-2], q.ndim - 2
-    q = q * q.shape[-1] ** -0.5
     if not 0 < chunk < rows:
         return _attend_rows(q, k, v, bias)
     starts = range(0, rows, chunk)

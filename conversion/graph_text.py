@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from dreamlite_jax.models.minilm import MiniLMConfig
 
-from .graph_ops import Array, Node, attend, dense, gelu, layer_norm, scoped
+from .graph_ops import Array, Node, attend, dense, embedding_lookup, gelu, layer_norm, scoped
 
 
 def fold_positions(tree: dict[str, Any], text_length: int) -> None:
@@ -35,8 +34,9 @@ def minilm(node: Node, config: MiniLMConfig, token_ids: Array, text_bias: Array)
 
 @scoped
 def _embed(node: Node, config: MiniLMConfig, token_ids: Array) -> Array:
-    words = jnp.asarray(node.sub("word_embeddings")["embedding"])
-    x = words.at[token_ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    b, s = token_ids.shape
+    words = embedding_lookup(token_ids.reshape(b * s), node.sub("word_embeddings")["embedding"])
+    x = words.reshape(b, s, words.shape[-1])
     return layer_norm(node.sub("LayerNorm"), x + node["offset"], config.layer_norm_eps)
 
 

@@ -96,6 +96,7 @@ def _export(graph: Graph, leaves: list[np.ndarray], tree: Any) -> bytes:
     def flat(*args: jax.Array) -> jax.Array:
         return graph.apply(jax.tree.unflatten(tree, args[: len(leaves)]), *args[len(leaves) :])
 
+    flat.__name__ = graph.component  # operations are named after it
     specs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     specs += [jax.ShapeDtypeStruct(port.shape, np.dtype(port.dtype)) for port in graph.inputs]
     return jax_export.export(jax.jit(flat, keep_unused=True), platforms=["cpu"])(*specs).mlir_module_serialized

@@ -194,6 +194,7 @@ def load_component(folder: Path, manifest: dict[str, Any], name: str, threads: i
     if not path.is_file():
         raise UserError(f"{path} does not exist, though model.json names it")
     interpreter = Interpreter(str(path), num_threads=threads)
+    interpreter.allocate_tensors()  # here, so that the time of preparing weights counts as loading
     runner = interpreter.get_signature_runner(SIGNATURE)
 
     def run(**inputs: np.ndarray) -> np.ndarray:
