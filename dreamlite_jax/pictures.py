@@ -1,5 +1,6 @@
 """Pictures in and out: reading what people pass, labelled grids, and the distance in decibels. No JAX here."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,5 +120,6 @@ def save_png(path: Path, image: np.ndarray, metadata: dict[str, str]) -> None:
         Image.fromarray(to_uint8(image)).save(temporary, format="png", pnginfo=info)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path} cannot be written ({error.strerror or error}); choose a folder that can") from error
