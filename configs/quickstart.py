@@ -10,17 +10,20 @@ side by side, logit-normal sigmas with the resolution's shift, region-weighted e
 
 from ml_collections import ConfigDict
 
-STEPS = 700  # of each stage; equal, so that they are one compiled program
-STARTS_FROM = {"t2i": "", "edit": "t2i", "joint": "edit"}
+STAGES = {  # steps, and the stage to start from
+    "t2i": (450, ""),
+    "edit": (700, "t2i"),
+    "joint": (700, "edit"),
+}
 
 
 def get_config(argument: str = "t2i") -> ConfigDict:
     """`argument` is STAGE or STAGE,ROOT: t2i, edit or joint, and the folder of the whole run (runs/quickstart)."""
     stage, _, root = argument.partition(",")
     root = root or "runs/quickstart"
-    if stage not in STARTS_FROM:
-        raise KeyError(f"stage {stage!r} is not one of {', '.join(STARTS_FROM)}")
-    before = STARTS_FROM[stage]
+    if stage not in STAGES:
+        raise KeyError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
+    steps, before = STAGES[stage]
     c = ConfigDict()
     c.stage = "flow_matching"
     c.model = model()
@@ -44,8 +47,8 @@ def get_config(argument: str = "t2i") -> ConfigDict:
         }
     )
     c.init_from = f"{root}/{before}" if before else ""
-    c.steps = STEPS
-    c.checkpoint_every = 140
+    c.steps = steps
+    c.checkpoint_every = 100
     c.grid_every = 350
     return c
 

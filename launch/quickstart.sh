@@ -10,7 +10,7 @@ cd "$ROOT"
 started=$SECONDS
 "$ROOT/launch/setup.sh" demo,convert
 python="$VENV/bin/python"
-export JAX_COMPILATION_CACHE_DIR="$work/cache" # the three stages are one program, compiled once
+export JAX_COMPILATION_CACHE_DIR="$work/cache" # an interrupted stage does not compile again
 mkdir -p "$work/steps"
 [ -f "$work/steps/install" ] || echo "$((SECONDS - started))" >"$work/steps/install"
 
