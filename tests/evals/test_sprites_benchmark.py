@@ -1,0 +1,140 @@
+"""The benchmark tells right from wrong: the truth scores full marks, and everything else does not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from dreamlite_jax.data.sprites import builder
+from dreamlite_jax.data.sprites.render import changed_region, render
+from dreamlite_jax.evals import sprites
+from dreamlite_jax.evals.sprites import Protocol
+
+N = 96
+PROTOCOL = Protocol("validation", N, steps=4)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return list(builder.samples("t2i", "validation", N))
+
+
+@pytest.fixture(scope="module")
+def edits():
+    return list(builder.samples("edit", "validation", N))
+
+
+def pictures_of(items, field="target"):
+    return np.stack([render(getattr(item, field), 64) for item in items])
+
+
+def noise(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (N, 64, 64, 3)).astype(np.uint8)
+
+
+def test_the_truth_gets_full_marks(scenes):
+    scores = sprites.score_generation(scenes, pictures_of(scenes), PROTOCOL)
+    assert (scores["retrieval_random"], scores["retrieval_hard"], scores["mse"]) == (1.0, 1.0, 0.0)
+    assert set(scores["hard_by_tag"].values()) == {1.0} and set(scores["hard_by_tag"]) == {s.tag for s in scenes}
+
+
+def test_a_nearly_right_picture_is_still_right(scenes):
+    near = pictures_of(scenes).astype(np.float32) + np.random.default_rng(0).normal(0, 20, (N, 64, 64, 3))
+    scores = sprites.score_generation(scenes, np.clip(near, 0, 255).astype(np.uint8), PROTOCOL)
+    assert scores["retrieval_random"] == scores["retrieval_hard"] == 1.0 and 0.001 < scores["mse"] < 0.01
+
+
+def test_pictures_of_nothing_score_by_chance(scenes):
+    """Within four standard deviations of 1/8 over 96 items."""
+    for made in (noise(), np.full((N, 64, 64, 3), 128, np.uint8)):
+        scores = sprites.score_generation(scenes, made, PROTOCOL)
+        assert scores["retrieval_random"] < 0.26 and scores["retrieval_hard"] < 0.26
+        assert scores["mse"] > 0.03
+    assert scores["chance"] == 0.125
+
+
+def test_another_scene_is_wrong(scenes):
+    made = np.roll(pictures_of(scenes), 1, axis=0)
+    assert sprites.score_generation(scenes, made, PROTOCOL)["retrieval_random"] < 0.5
+
+
+def test_neighbours_fail_where_they_are_the_distractors(scenes, monkeypatch):
+    drawn, neighbours = [], sprites.neighbours
+
+    def recording(*arguments):
+        drawn.append(neighbours(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(sprites, "neighbours", recording)
+    sprites.score_generation(scenes, pictures_of(scenes), PROTOCOL)
+    made = np.stack([render(others[0], 64) for others in drawn])
+    scores = sprites.score_generation(scenes, made, PROTOCOL)  # the seed draws the same distractors again
+    assert scores["retrieval_hard"] == 0.0
+    assert scores["retrieval_random"] > 0.8  # though they differ in one thing only
+
+
+def test_a_tie_is_no_success():
+    truth, other = np.zeros((1, 1, 3), np.uint8), np.full((1, 1, 3), 200, np.uint8)
+    assert sprites.nearest(truth + 99, truth, [other]) and not sprites.nearest(truth + 100, truth, [other])
+    assert sprites.distance(truth, np.full((1, 1, 3), 255, np.uint8)) == 1.0
+
+
+def test_the_exact_edit_gets_full_marks(edits):
+    target, source = pictures_of(edits), pictures_of(edits, "source")
+    scores = sprites.score_edits(edits, target, PROTOCOL)
+    assert scores["edit_gain"] == 1.0 and scores["unchanged_psnr"] > 45
+    assert set(scores["gain_by_operation"]) == {edit.tag for edit in edits}
+    region = np.stack([changed_region(edit.source, edit.target, 64) for edit in edits])
+    pasted = np.where(region[..., None], target, source)
+    assert sprites.score_edits(edits, pasted, PROTOCOL)["unchanged_psnr"] == sprites.PSNR_CAP
+
+
+def test_the_untouched_source_gains_nothing(edits):
+    scores = sprites.score_edits(edits, pictures_of(edits, "source"), PROTOCOL)
+    assert scores["edit_gain"] == 0.0 and scores["unchanged_psnr"] == sprites.PSNR_CAP
+
+
+def test_noise_neither_edits_nor_keeps(edits):
+    scores = sprites.score_edits(edits, noise(), PROTOCOL)
+    assert scores["edit_gain"] < 0.4 and scores["unchanged_psnr"] < 12
+
+
+def test_the_change_must_be_in_the_right_place(edits):
+    """Targets of other edits on the same kind of scene change something, but not what was asked."""
+    scores = sprites.score_edits(edits, np.roll(pictures_of(edits), 8, axis=0), PROTOCOL)
+    assert scores["edit_gain"] < 0.6 and scores["unchanged_psnr"] < 25
+
+
+class Painter:
+    """A model that draws what it is told to, and remembers how it was asked."""
+
+    config = tiny.CONFIG
+
+    def __init__(self, answers):
+        self.answers, self.asked = list(answers), []
+
+    def generate(self, prompts, **options):
+        self.asked.append((list(prompts), options))
+        taken, self.answers = self.answers[: len(prompts)], self.answers[len(prompts) :]
+        return np.stack(taken) / np.float32(127.5) - 1
+
+
+def test_evaluate_asks_every_item_once_and_draws_grids(scenes, edits, tmp_path):
+    protocol = dataclasses.replace(PROTOCOL, items=20, batch_size=8)
+    painter = Painter([*pictures_of(scenes)[:20], *pictures_of(edits)[:20]])
+    report = sprites.evaluate(painter, protocol, ("generate", "edit"), tmp_path)
+    assert report["generate"]["retrieval_hard"] == report["edit"]["edit_gain"] == 1.0
+    assert [text for prompts, _ in painter.asked[:3] for text in prompts] == [s.text for s in scenes[:20]]
+    assert [text for prompts, _ in painter.asked[3:] for text in prompts] == [e.text for e in edits[:20]]
+    for asked in (painter.asked[:3], painter.asked[3:]):
+        assert [seed for _, options in asked for seed in options["seeds"]] == list(range(20))
+    assert all(options["images"] is None and options["steps"] == 4 for _, options in painter.asked[:3])
+    sources = [np.asarray(image) for _, options in painter.asked[3:] for image in options["images"]]
+    assert np.array_equal(sources, pictures_of(edits, "source")[:20])
+    for part in ("sprites/validation", "20 items", "4 Euler steps", "guidance 2.0 (image 1.5)", "0..19"):
+        assert part in report["protocol"]
+    for name in ("generate", "edit"):
+        with Image.open(tmp_path / f"{name}_validation.png") as grid:
+            assert grid.width > 8 * 128 and grid.height > 2 * 2 * 128
