@@ -37,11 +37,13 @@ def collect(work: Path) -> dict[str, Any]:
             {"stage": stage, "steps": provenance["steps"], "minutes": minutes, "numbers": headline(evals[stage])}
         )
     psnr = {name: runtime_psnr(work / "pictures", name) for name in ("made", "edited")}
+    others = sum(value for name, value in seconds.items() if name not in STAGES)
     litert = json.loads((work / "litert" / "report.json").read_text())
     return {
         "stages": stages,
         "minutes": {name: value / 60 for name, value in seconds.items()},
-        "total_minutes": sum(seconds.values()) / 60,
+        # A stage's own clock counts what interrupted attempts trained; the step's seconds are the last attempt's.
+        "total_minutes": (others / 60) + sum(stage["minutes"] for stage in stages),
         "evals": evals,
         "runtime_psnr_db": psnr,
         "litert": litert,
