@@ -181,8 +181,11 @@ def numpy_of_jax(**changes) -> types.SimpleNamespace:
     return types.SimpleNamespace(**{**vars(jnp), **changes})
 
 
-def same_padding_conv(features, kernel, *, name, dtype, stride=1, bias=True):
-    return nn.Conv(features, (kernel,) * 2, (stride,) * 2, padding="SAME", use_bias=bias, dtype=dtype, name=name)
+def same_padding_conv(features, kernel, *, name, dtype, stride=1, bias=True, **options):
+    strides = (stride, stride)
+    return nn.Conv(
+        features, (kernel, kernel), strides, padding="SAME", use_bias=bias, dtype=dtype, name=name, **options
+    )
 
 
 def bilinear(x):
