@@ -99,8 +99,10 @@ def load_params(directory: str | Path, component: Component, *, dtype: Any = np.
     """
     if component not in COMPONENTS:
         raise UserError(f"component is {component!r}; a model folder has {' and '.join(map(repr, COMPONENTS))}")
-    config = getattr(load_config(directory), component)
-    return read_params(Path(directory) / weight_file(component), expected_shapes(component, config), dtype)
+    config, path = getattr(load_config(directory), component), Path(directory) / weight_file(component)
+    if not path.is_file():
+        raise UserError(f"model folder {directory} lacks {path.name}")
+    return read_params(path, expected_shapes(component, config), dtype)
 
 
 def save_vae(
@@ -187,7 +189,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     missing = [name for name in needed if not (directory / name).is_file()]
     if not directory.is_dir():
         raise UserError(f"model folder {directory} does not exist")
-    if missing:
+    if MANIFEST in missing or len(missing) == len(COMPONENTS):  # one component alone is allowed, until it is loaded
         hint = ""
         if (directory / "model_index.json").is_file() or (directory / "unet" / "config.json").is_file():
             hint = "; it is a diffusers folder: python -m conversion.from_torch makes a model folder of it"

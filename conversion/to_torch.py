@@ -1,0 +1,156 @@
+"""Makes a diffusers folder of a model folder: python -m conversion.to_torch --model DIR --output DIFFUSERS_DIR.
+
+`DreamLitePipeline.from_pretrained` and `DreamLiteMobilePipeline.from_pretrained` load it as it is when the model's text
+encoder is Qwen3-VL. A model with another one has no text encoder there: pass text_encoder=None, tokenizer=None and
+processor=None. Tensors keep their dtype; OUTPUT/report.json lists each with its two names, dtype and shape.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamlite_jax import cli, model_folder
+from dreamlite_jax.config import ModelConfig
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.tensor_files import check_tensors, open_tensors, stored_tensors, write_tensors
+
+from . import diffusers_config, names, torch_files
+
+PARTS = {  # classes of a pipeline's parts, where a converted folder does not say otherwise
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "unet": ("diffusers", "DreamLiteUNetModel"),
+    "vae": ("diffusers", "AutoencoderTiny"),
+    "text_encoder": ("transformers", "Qwen3VLForConditionalGeneration"),
+    "tokenizer": ("transformers", "Qwen2Tokenizer"),
+    "processor": ("transformers", "Qwen3VLProcessor"),
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    description, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion.to_torch",
+        description=description,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, required=True, help="model folder, or the workdir of a training run")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not be in use")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    report = convert(args.model, args.output)
+    print(torch_files.summary(report))
+    print(f"{args.output}: {report['seconds']:.1f} s")
+    return 0
+
+
+def convert(model: str | Path, output: str | Path) -> dict[str, Any]:
+    """Converts a model folder into diffusers folder `output` and returns its report.
+
+    Raises:
+      UserError: no model folder, a damaged one, or an architecture that the released pipelines do not run.
+    """
+    start, model = time.monotonic(), Path(model)
+    if (model / "model" / model_folder.MANIFEST).is_file():
+        model = model / "model"
+    config = model_folder.load_config(model)
+    if config.unet.condition_layout != "width":
+        raise UserError(
+            f"{model}: unet.condition_layout is {config.unet.condition_layout!r}; the released pipelines only join "
+            "panels on width"
+        )
+    report: dict[str, Any] = {
+        "command": "conversion.to_torch",
+        "flags": {"model": str(model), "output": str(output)},
+        "source": str(model.resolve()),
+        "components": {},
+        "carried": [],
+        "absent": {},
+    }
+    with model_folder.new_folder(output) as folder:
+        for component in model_folder.COMPONENTS:
+            if (model / model_folder.weight_file(component)).is_file():
+                _write_component(model, component, config, folder, report)
+            else:
+                report["absent"][component] = "the model folder has none"
+        _write_json(
+            folder / "scheduler" / "scheduler_config.json", diffusers_config.scheduler_to_diffusers(config.scheduler)
+        )
+        _carry_text(model, config, folder, report)
+        _write_json(folder / "model_index.json", model_index(config, model_folder.load_provenance(model), folder))
+        report["seconds"] = time.monotonic() - start
+        torch_files.write_report(folder, report)
+    return report
+
+
+def pipeline_class(config: ModelConfig) -> str:
+    """The distilled model is the one sampled without guidance."""
+    guided = config.guidance_scale != 1.0 or config.image_guidance_scale != 1.0
+    return "DreamLitePipeline" if guided else "DreamLiteMobilePipeline"
+
+
+def model_index(config: ModelConfig, provenance: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """model_index.json: the class of each part in `folder`, as the pipeline the model came from had it."""
+    former = provenance.get("pipeline", {})
+    index: dict[str, Any] = {
+        "_class_name": pipeline_class(config),
+        "_diffusers_version": diffusers_config.DIFFUSERS_VERSION,
+    }
+    for part, usual in PARTS.items():
+        known = former.get(part)
+        named = isinstance(known, list) and len(known) == 2 and all(isinstance(item, str) for item in known)
+        there = (folder / part).is_dir()
+        index[part] = (known if named else list(usual)) if there else [None, None]
+    return index
+
+
+def _write_component(
+    model: Path, component: model_folder.Component, config: ModelConfig, folder: Path, report: dict[str, Any]
+) -> None:
+    file = model / model_folder.weight_file(component)
+    table, architecture = {"unet": names.UNET, "vae": names.VAE}[component], getattr(config, component)
+    shapes = model_folder.expected_shapes(component, architecture)
+    wanted = table.tensors(shapes)
+    check_tensors(str(file), shapes, stored_tensors(file))
+    values = {}
+    with open_tensors(file) as tensors:
+        for path in shapes:
+            values[path] = np.ascontiguousarray(names.to_torch_layout(path, tensors.get_tensor(path)))
+    if component == "unet":
+        described = diffusers_config.unet_to_diffusers(architecture, config.native_size // config.vae.downsampling)
+    else:
+        described = diffusers_config.vae_to_diffusers(architecture)
+    _write_json(folder / component / "config.json", described)
+    torch_values = {wanted[path].name: array for path, array in values.items()}
+    write_tensors(folder / component / torch_files.WEIGHTS, torch_values, {"format": "pt"})
+    report["components"][component] = torch_files.component_report(wanted, values)
+
+
+def _carry_text(model: Path, config: ModelConfig, folder: Path, report: dict[str, Any]) -> None:
+    """Text encoder, tokenizer and processor of a Qwen3-VL model, as they are."""
+    for part in torch_files.TEXT_PARTS:
+        source = model / config.text.source / part
+        if config.text.encoder == "qwen3_vl" and source.is_dir():
+            shutil.copytree(source, folder / part)
+            report["carried"].append(part)
+        else:
+            why = "the model folder has none" if config.text.encoder == "qwen3_vl" else f"it is {config.text.encoder}"
+            report["absent"][part] = f"{why}; pass {part}=None to from_pretrained"
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)

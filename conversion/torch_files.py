@@ -1,0 +1,166 @@
+"""Checkpoints in the layouts of diffusers: which files hold which tensors, and the report of what was mapped."""
+
+import json
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.tensor_files import Stored, open_tensors, stored_tensors
+
+from .names import TorchTensor
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# The index of shards, and the names of half-precision variants as the hub has them.
+INDICES = (f"{WEIGHTS}.index.json", "diffusion_pytorch_model.safetensors.index.fp16.json")
+SINGLE_FILES = (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bf16.safetensors")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Folders of a pipeline that are carried as they are.
+TEXT_PARTS = ("text_encoder", "tokenizer", "processor")
+
+Checkpoint = Mapping[str, tuple[Path, Stored]]  # file and kind of each tensor, by torch name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; a `UserError` names the file when it is missing or holds something else."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}; it must be an object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component: the shards its index names, or the one file.
+
+    Raises:
+      UserError: there is none, an index has no map, or only pickled weights are there.
+    """
+    for index in (folder / name for name in INDICES):
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, Mapping) or not weight_map:
+                raise UserError(f"{index} has no weight_map; it must map each tensor to its file")
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+            missing = [path.name for path in files if not path.is_file()]
+            if missing:
+                raise UserError(f"{folder} lacks {', '.join(missing)}, which {index.name} names; fetch it again")
+            return files
+    for path in (folder / name for name in SINGLE_FILES):
+        if path.is_file():
+            return [path]
+    refuse_pickles(folder)
+    found = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no safetensors file"
+    raise UserError(f"{folder} has no {WEIGHTS} (nor an index of shards); it has {found}")
+
+
+def refuse_pickles(folder: Path) -> None:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} has pickled weights ({pickles[0]}), which can run code; save them as safetensors first"
+        )
+
+
+def checkpoint(files: Iterable[Path]) -> dict[str, tuple[Path, Stored]]:
+    """All tensors of some files, values unread. Raises `UserError` for a damaged file, a name twice, or a LoRA."""
+    found: dict[str, tuple[Path, Stored]] = {}
+    for path in files:
+        for name, stored in stored_tensors(path).items():
+            if name in found:
+                raise UserError(f"tensor {name!r} is both in {found[name][0].name} and in {path.name}")
+            found[name] = (path, stored)
+        refuse_lora(path, found)
+    return found
+
+
+def refuse_lora(path: Path, tensors: Iterable[str]) -> None:
+    """Raises `UserError` when the tensors are those of a low-rank adapter."""
+    lora = [name for name in tensors if "lora" in name.lower()]
+    if lora:
+        raise UserError(
+            f"{path} is a LoRA, not a model: {len(lora)} of its tensors are adapters such as {lora[0]}; "
+            "convert the model it was trained on, and apply the LoRA to that"
+        )
+
+
+def read_tensors(found: Checkpoint, wanted: Mapping[str, TorchTensor], to_ours: Any) -> dict[str, np.ndarray]:
+    """Tensors in our layout and their own dtype, by our path; every file is opened once.
+
+    `to_ours(path, array)` gives a view in our layout. The copy that makes it contiguous replaces the tensor read: no
+    more than one is in memory twice.
+    """
+    values: dict[str, np.ndarray] = {}
+    for file_path in sorted({found[tensor.name][0] for tensor in wanted.values()}):
+        with open_tensors(file_path) as file:
+            for path, tensor in wanted.items():
+                if found[tensor.name][0] == file_path:
+                    values[path] = np.ascontiguousarray(to_ours(path, file.get_tensor(tensor.name)))
+    return values
+
+
+# --- what a conversion says of itself
+
+
+def component_report(wanted: Mapping[str, TorchTensor], values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What was mapped to what: one row a tensor, with dtype and both shapes; and sums."""
+    kinds = {path: Stored.of(array) for path, array in values.items()}
+    return {
+        "tensors": len(values),
+        "parameters": sum(array.size for array in values.values()),
+        "bytes": sum(array.nbytes for array in values.values()),
+        "dtypes": sorted({kind.dtype for kind in kinds.values()}),
+        "mapping": [
+            {
+                "ours": path,
+                "torch": wanted[path].name,
+                "dtype": kind.dtype,
+                "shape": list(kind.shape),
+                "torch_shape": list(wanted[path].shape),
+            }
+            for path, kind in kinds.items()
+        ],
+    }
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """report.json of a conversion, completed by versions and peak memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    full = {**report, "versions": versions(), "peak_memory_bytes": peak}
+    (folder / "report.json").write_text(json.dumps(full, indent=2) + "\n", "utf-8")
+
+
+def versions() -> dict[str, str]:
+    import flax
+    import jax
+    import safetensors
+
+    import dreamlite_jax
+
+    return {
+        "python": sys.version.split()[0],
+        "dreamlite_jax": dreamlite_jax.__version__,
+        "numpy": np.__version__,
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The report in a few lines, for the terminal."""
+    lines = [
+        f"{name}: {part['tensors']} tensors, {part['parameters']:,} parameters, {', '.join(part['dtypes'])}"
+        for name, part in report["components"].items()
+    ]
+    lines += [f"{name}: carried as it is" for name in report["carried"]]
+    lines += [f"{name}: not there; {why}" for name, why in report["absent"].items()]
+    return "\n".join(lines)
