@@ -1,0 +1,35 @@
+"""One small model, converted once for all tests of this folder."""
+
+import jax
+import pytest
+from litert_models import random_params, small_config
+
+from dreamlite_jax import model_folder
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation():
+    """Every function here is compiled for one or two calls; at full optimisation compiling is most of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory):
+    """A model folder with random weights."""
+    config = small_config()
+    params = {component: random_params(config, component) for component in model_folder.COMPONENTS}
+    folder = tmp_path_factory.mktemp("models") / "small"
+    return model_folder.save_model(folder, config, params, {"source": "random"})
+
+
+@pytest.fixture(scope="session")
+def litert_model(small_model, tmp_path_factory):
+    """The same converted by the command, which compares every component and a picture."""
+    from conversion import to_litert
+
+    folder = tmp_path_factory.mktemp("litert") / "small"
+    assert to_litert.main(["--model", str(small_model), "--output", str(folder)]) == 0
+    return folder

@@ -1,0 +1,170 @@
+"""Converted files: what is in them, and that the gates on them can fail."""
+
+import json
+import shutil
+
+import flatbuffers
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+
+from conversion import audit, litert, parity, to_litert
+from conversion.graph import Graph, Port, Sizes
+from dreamlite_jax.errors import UserError
+
+COMPONENTS = ("unet", "vae_encoder", "vae_decoder", "text")
+
+
+@pytest.fixture(scope="module")
+def report(litert_model):
+    return json.loads((litert_model / "report.json").read_text())
+
+
+def test_every_component_keeps_its_numbers(report):
+    assert set(report["components"]) == set(COMPONENTS)
+    for row in report["components"].values():
+        assert row["parity"]["max_abs"] <= 2e-5 * max(1.0, row["parity"]["peak"])
+        assert row["parity"]["passed"]
+    assert report["picture"]["psnr_db"] >= 60
+    assert report["passed"]
+
+
+def test_only_builtin_operations_of_four_dimensions(litert_model, report):
+    for name in COMPONENTS:
+        found = audit.audit(litert_model / f"{name}.tflite")
+        assert found.faults == ()
+        assert found.file_bytes == report["components"][name]["file_bytes"]
+    ops = report["components"]["unet"]["ops"]
+    assert ops["GELU"] == 5 and ops["RESIZE_NEAREST_NEIGHBOR"] == 1 and ops["DEPTHWISE_CONV_2D"] > 0
+    assert "GATHER" not in ops and "TRANSPOSE" not in ops
+
+
+def test_the_file_says_what_it_is(litert_model, report):
+    metadata = audit.read_metadata(litert_model / "unet.tflite")
+    assert metadata["component"] == "unet" and metadata["recipe"] == "fp32"
+    assert [port["name"] for port in metadata["inputs"]] == [
+        "sample",
+        "time_features",
+        "size_features",
+        "text",
+        "text_bias",
+    ]
+    assert metadata["inputs"] == report["components"]["unet"]["inputs"]
+    assert metadata["config"] == json.loads((litert_model / "model.json").read_text())["config"]
+
+
+def test_a_file_of_other_weights_misses_the_floor(small_model, litert_model):
+    """Negative control of the parity gate."""
+    from dreamlite_jax import model_folder
+
+    config = model_folder.load_config(small_model)
+    params = model_folder.load_params(small_model, "vae")
+    params["decoder"]["layers_0"]["bias"] += 1e-3
+    manifest = json.loads((litert_model / "model.json").read_text())
+    sizes = Sizes(**manifest["sizes"])
+    floor = parity.FLOORS["fp32"]
+    found = parity.compare("vae_decoder", config, sizes, params, litert_model, manifest, floor)
+    assert not found.passed
+
+
+def test_what_is_not_finite_never_passes():
+    good = [np.ones((2, 2), np.float32)]
+    bad = [np.array([[1, np.nan], [1, 1]], np.float32)]
+    assert parity.measure(good, good, parity.FLOORS["fp32"]).passed
+    assert not parity.measure(good, bad, parity.FLOORS["fp32"]).passed
+
+
+def test_a_missed_floor_is_exit_code_one(small_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(parity.FLOORS, "fp32", parity.Floor(0.0, 0.0, 40.0))
+    output = tmp_path / "out"
+    code = to_litert.main(["--model", str(small_model), "--output", str(output), "--component", "vae_decoder"])
+    assert code == 1
+    assert "MISSED" in capsys.readouterr().out
+    assert json.loads((output / "report.json").read_text())["passed"] is False
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--height", "40"], "height 40"),
+        (["--text_length", "99"], "text_length is 99"),
+        (["--batch", "0"], "batch is 0"),
+    ],
+)
+def test_bad_flags_are_named_before_any_work(small_model, tmp_path, flags, named):
+    with pytest.raises(UserError, match=named):
+        to_litert.main(["--model", str(small_model), "--output", str(tmp_path / "out"), *flags])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_left_alone(small_model, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="not empty"):
+        to_litert.main(["--model", str(small_model), "--output", str(tmp_path)])
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_model_folder_without_a_component_is_refused(small_model, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(small_model, broken)
+    (broken / "vae.safetensors").unlink()
+    with pytest.raises(UserError, match=r"vae\.safetensors"):
+        to_litert.main(["--model", str(broken), "--output", str(tmp_path / "out")])
+
+
+def test_weights_beyond_memory_or_format_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(litert, "available_memory", lambda: 10**6)
+    with pytest.raises(UserError, match="memory"):
+        litert.check_resources(tiny_graph(lambda p, x: x @ p["k"]), tmp_path)
+    monkeypatch.setattr(litert, "LARGEST_FILE", 10)
+    with pytest.raises(UserError, match="holds at most"):
+        litert.check_resources(tiny_graph(lambda p, x: x @ p["k"]), tmp_path)
+
+
+# --- the audit's negative controls
+
+
+def tiny_graph(apply) -> Graph:
+    ports = (Port("x", (2, 4), "float32", ""), Port("y", (2, 4), "float32", ""))
+    return Graph("unet", ports[:1], ports[1], {"k": np.eye(4, dtype=np.float32)}, apply)
+
+
+def test_five_dimensions_are_named(tmp_path):
+    path = tmp_path / "five.tflite"
+    five = tiny_graph(lambda p, x: (x @ p["k"]).reshape(1, 2, 1, 2, 2).transpose(4, 3, 2, 1, 0).reshape(2, 4))
+    litert.convert(five, path, {})
+    assert any("5 dimensions" in fault for fault in audit.audit(path).faults)
+
+
+@pytest.mark.parametrize("fault", ["FlexErf", "my_op", "INT64"])
+def test_custom_and_wide_are_named(tmp_path, fault):
+    path = tmp_path / "tiny.tflite"
+    litert.convert(tiny_graph(lambda p, x: jnp.exp(x @ p["k"])), path, {})
+    assert audit.audit(path).faults == ()
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes(), 0))
+    if fault == "INT64":
+        model.subgraphs[0].tensors[model.subgraphs[0].operators[0].outputs[0]].type = schema.TensorType.INT64
+    else:
+        code = model.operatorCodes[model.subgraphs[0].operators[0].opcodeIndex]
+        code.builtinCode, code.deprecatedBuiltinCode = schema.BuiltinOperator.CUSTOM, schema.BuiltinOperator.CUSTOM
+        code.customCode = fault
+    builder = flatbuffers.Builder()
+    builder.Finish(model.Pack(builder), b"TFL3")
+    path.write_bytes(bytes(builder.Output()))
+    assert any(fault.upper() in found.upper() for found in audit.audit(path).faults)
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    (tmp_path / "x.tflite").write_bytes(b"not a model at all")
+    with pytest.raises(UserError, match="not a LiteRT model"):
+        audit.audit(tmp_path / "x.tflite")
+
+
+def test_weights_that_are_computed_in_every_call_are_named(tmp_path):
+    path = tmp_path / "scaled.tflite"
+    kernel = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    ports = (Port("x", (2, 64), "float32", ""), Port("y", (2, 64), "float32", ""))
+    scaled = Graph("unet", ports[:1], ports[1], {"k": kernel}, lambda p, x: (x @ p["k"].T) * 0.5)
+    litert.convert(scaled, path, {})
+    assert any("computed at run time" in fault for fault in audit.audit(path).faults)

@@ -1,0 +1,121 @@
+"""The runtime without JAX beside the sampler."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from conversion import runtime
+from conversion.runtime import Runtime
+from dreamlite_jax import load_model, pictures
+from dreamlite_jax.diffusion import guidance
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.models import blocks
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "a red car"
+
+
+@pytest.fixture(scope="module")
+def jax_model(small_model):
+    return load_model(small_model)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 4), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("pictures") / "source.png"
+    Image.fromarray(pixels, "RGBA").save(path)
+    return path
+
+
+def test_the_same_picture_for_the_same_seed_and_prompt(litert_model, jax_model):
+    wanted = jax_model.generate([PROMPT], seeds=[7])[0]
+    found = Runtime(litert_model, threads=1).generate(PROMPT, seed=7)
+    assert wanted.std() > 0.05
+    assert pictures.psnr(wanted, np.clip(found, -1, 1)) >= 60
+    other = Runtime(litert_model, threads=1).generate(PROMPT, seed=8)
+    assert pictures.psnr(wanted, np.clip(other, -1, 1)) < 40  # negative control
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_same_edit(litert_model, jax_model, picture, guidance_scale):
+    source = pictures.read_picture(picture)
+    options = dict(guidance_scale=guidance_scale, image_guidance_scale=1.25, steps=3)
+    wanted = jax_model.generate(["make it blue"], images=[source], seeds=[3], **options)[0]
+    found = Runtime(litert_model, threads=1).generate("make it blue", source, seed=3, **options)
+    assert pictures.psnr(wanted, np.clip(found, -1, 1)) >= 60
+
+
+def test_the_command_runs_without_jax(litert_model, picture, tmp_path):
+    code = (
+        "import sys; from conversion import runtime; code = runtime.main(sys.argv[1:]); "
+        "heavy = {'jax', 'flax', 'torch', 'tensorflow', 'litert_converter'} & set(sys.modules); "
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    output = tmp_path / "out.png"
+    flags = ["--model", str(litert_model), "--prompt", PROMPT, "--image", str(picture), "--output", str(output)]
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "first load: text" in done.stdout and "peak memory" in done.stdout
+    assert Image.open(output).size == (32, 32)
+    assert json.loads(Image.open(output).text["dreamlite_litert"])["steps"] == 4
+
+
+def test_components_are_released_and_prompts_remembered(litert_model):
+    frugal, eager = Runtime(litert_model, threads=1), Runtime(litert_model, threads=1, keep_loaded=True)
+    first = frugal.encode_prompt("generate", PROMPT)
+    assert frugal.encode_prompt("generate", PROMPT) is first
+    assert not frugal._loaded
+    eager.encode_prompt("generate", PROMPT)
+    assert set(eager._loaded) == {"text"}
+    assert frugal.load_seconds.keys() == {"text"}
+
+
+def test_sinusoid_is_the_networks():
+    x = np.float32([0, 0.5, 313.25, 1000])
+    np.testing.assert_allclose(runtime.sinusoid(x, 32), np.asarray(blocks.sinusoid(jnp.asarray(x), 32)), atol=2e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_branches_combine_as_in_the_sampler(count):
+    velocities = np.random.default_rng(count).standard_normal((count, 1, 2, 3, 4)).astype(np.float32)
+    wanted = guidance.combine(jnp.asarray(velocities), 3.5, 1.5)
+    np.testing.assert_allclose(runtime.combine(list(velocities), 3.5, 1.5), np.asarray(wanted), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (dict(prompt=" "), "prompt is empty"),
+        (dict(prompt="word " * 60), "the limit is 48"),
+        (dict(prompt="x", seed=-1), "seed"),
+        (dict(prompt="x", steps=0), "steps"),
+        (dict(prompt="x", image=np.zeros((8, 8, 3), np.float32)), "image has shape"),
+    ],
+)
+def test_bad_input_is_named(litert_model, options, named):
+    with pytest.raises(UserError, match=named):
+        Runtime(litert_model, threads=1).generate(**options)
+
+
+def test_folders_that_are_not_converted_models(litert_model, small_model, tmp_path):
+    for folder, named in ((tmp_path, "no model.json"), (small_model, "format")):
+        with pytest.raises(UserError, match=named):
+            Runtime(folder)
+    partial = tmp_path / "partial"
+    shutil.copytree(litert_model, partial)
+    (partial / "unet.tflite").unlink()
+    with pytest.raises(UserError, match=r"unet\.tflite"):
+        Runtime(partial, threads=1).generate(PROMPT)
+    manifest = json.loads((partial / "model.json").read_text())
+    del manifest["files"]["text"]
+    (partial / "model.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="has no text"):
+        Runtime(partial, threads=1).generate(PROMPT)
