@@ -2,6 +2,7 @@
 # One command from a fresh clone to a small DreamLite trained, sampled, edited and converted: launch/quickstart.sh [WORKDIR].
 # Finished steps are skipped and an interrupted one goes on, so the same command always does what is left.
 set -euo pipefail
+# shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "$0")/env.sh"
 work=${1:-runs/quickstart}
 mkdir -p "$work" && work=$(cd "$work" && pwd)

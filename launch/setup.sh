@@ -2,6 +2,7 @@
 # Creates .venv and installs the project into it: launch/setup.sh [EXTRAS], such as "demo,convert". Run again it does nothing
 # unless setup.cfg or constraints.txt changed.
 set -euo pipefail
+# shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "$0")/env.sh"
 extras=${1:-demo,convert}
 cd "$ROOT"

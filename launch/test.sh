@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh machine to tests passed: launch/test.sh [--slow] [pytest arguments].
 set -euo pipefail
+# shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "$0")/env.sh"
 "$ROOT/launch/setup.sh" demo,convert,test
 cd "$ROOT"

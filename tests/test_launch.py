@@ -1,0 +1,58 @@
+"""The launch scripts: clean shell, and a quick start whose finished steps are skipped."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs Debian's shellcheck")
+def test_scripts_are_clean():
+    found = subprocess.run(
+        ["shellcheck", "-x", *SCRIPTS, ROOT / ".ci" / "run"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Runs the quick start in a copy whose commands only write down what they were asked to do."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for name in ("setup.cfg", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    log = tmp_path / "log"
+    recorder = tmp_path / ".venv" / "bin" / "python"
+    recorder.parent.mkdir(parents=True)
+
+    def run(fail: str = "no such command") -> tuple[int, list[str]]:
+        log.write_text("")
+        recorder.write_text(f'#!/bin/sh\necho "$*" >> {log}\ncase "$*" in *"{fail}"*) exit 1;; esac\n')
+        recorder.chmod(0o755)
+        done = subprocess.run(["bash", tmp_path / "launch" / "quickstart.sh"], capture_output=True, cwd=tmp_path)
+        return done.returncode, [line for line in log.read_text().splitlines() if " pip " not in line]
+
+    return run
+
+
+def test_steps_run_in_order_and_only_once(launched):
+    code, first = launched()
+    assert code == 0
+    stages = [line.split("quickstart.py:")[1].split(",")[0] for line in first if "dreamlite_jax.train" in line]
+    assert stages == ["t2i", "edit", "joint"]
+    code, second = launched()
+    assert code == 0
+    assert [line.split()[1] for line in second] == ["dreamlite_jax.evals.quickstart"]
+
+
+def test_a_failed_step_stops_the_run_and_is_taken_up_again(launched):
+    code, first = launched(fail="quickstart.py:edit")
+    assert code != 0
+    assert "quickstart.py:edit" in first[-1]
+    code, second = launched()
+    assert code == 0
+    assert "quickstart.py:edit" in second[0]
+    assert not any("quickstart.py:t2i" in line for line in second)
