@@ -1,16 +1,19 @@
 """The model as a user holds it: load, encode, sample, decode. `sample` and `evaluate` stand on this."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from PIL import Image
 
-from dreamlite_jax import model_folder, pictures
+from dreamlite_jax import model_folder, pictures, released
 from dreamlite_jax.config import ModelConfig, check_image_size
 from dreamlite_jax.diffusion import flow, guidance, sampler
 from dreamlite_jax.errors import UserError
@@ -27,6 +30,9 @@ class Generated(NamedTuple):
     images: np.ndarray
     latents: np.ndarray
     trajectory: np.ndarray
+
+
+Progress = Callable[[int, int], None]  # (steps begun, steps in all), from a thread of JAX
 
 
 class Model:
@@ -46,7 +52,8 @@ class Model:
         self._velocity = jax.jit(self._apply_unet)
         self._encode = jax.jit(lambda p, x: self._vae.apply({"params": p}, x, method="encode"))
         self._decode = jax.jit(lambda p, z: self._vae.apply({"params": p}, z, method="decode"))
-        self._sample = jax.jit(self._run_sampler)
+        self._sample = jax.jit(self._run_sampler, static_argnames="reporting")
+        self._reports, self._listening = threading.Lock(), None
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
@@ -92,14 +99,17 @@ class Model:
         height: int | None = None,
         seeds: Sequence[int] | None = None,
         latents: np.ndarray | None = None,
+        progress: Progress | None = None,
     ) -> Generated:
         """Generates from prompts, or edits `images` by them.
 
         Args:
+          prompts: one an image; several images of a prompt are the prompt several times (it is encoded once).
           images: sources, squashed to (width, height).
           guidance_scale: 1 or less means no guidance (one forward pass a step), as a distilled model wants.
           seeds: one an image; an image depends on its own seed alone. Default 0, 1, ….
           latents: (b, h, w, c) start noise, instead of seeds.
+          progress: told of every step as it begins; the images are the same with and without.
 
         Raises:
           UserError: a size the network cannot take, an empty or over-long prompt, lists of different lengths.
@@ -125,10 +135,10 @@ class Model:
         conditioning = self._condition(plan, prompts, images, width, height, noise)
         sizes = np.tile(np.asarray([[width, height]], np.float32), (count, 1))
         noise, sizes = (self._place(x) for x in (noise, sizes))
-        final, trajectory = self._sample(
-            self._params["unet"], noise, conditioning, sizes, sigmas, float(guidance_scale), float(image_guidance_scale)
-        )
-        final = np.asarray(final)
+        inputs = (noise, conditioning, sizes, sigmas, float(guidance_scale), float(image_guidance_scale))
+        with contextlib.nullcontext() if progress is None else self._reporting(progress, sigmas):
+            final, trajectory = self._sample(self._params["unet"], *inputs, reporting=progress is not None)
+            final = np.asarray(final)
         return Generated(np.clip(self.decode_latents(final), -1, 1), final, np.asarray(trajectory))
 
     def _start_noise(self, count: int, shape: tuple[int, int, int], seeds, latents) -> np.ndarray:
@@ -147,30 +157,53 @@ class Model:
         return np.asarray(sampler.noise_from_seeds(seeds, shape))
 
     def _condition(self, plan, prompts, images, width, height, noise) -> sampler.Conditioning:
-        count, editing = len(prompts), images is not None
-        requests = [
-            PromptRequest("edit", p, i) if editing else PromptRequest("generate", p)
-            for p, i in zip(prompts, images or [None] * count, strict=True)
-        ]
-        requests += [PromptRequest("null", "")] * count + [PromptRequest("null", "", i) for i in images or []]
+        count, task = len(prompts), "generate" if images is None else "edit"
+        sources = [None] * count if images is None else images
+        requests = [PromptRequest(task, p, i) for p, i in zip(prompts, sources, strict=True)]
+        if any(not branch.text for branch in plan):
+            # An encoder that sees pictures is given the source in every branch, in the one with a blank panel too.
+            requests += [PromptRequest("null", "", i) for i in sources]
         encoded = self.encoder.encode(requests)  # together, so that all have one length
         parts = [
             sampler.TextStatesMask(encoded.states[i : i + count], encoded.mask[i : i + count])
             for i in range(0, len(requests), count)
         ]
         source = np.zeros_like(noise)
-        if editing:
+        if images is not None:
             source = self.encode_images(np.stack([pictures.fit(image, width, height) for image in images]))
-        return sampler.condition(plan, parts[0], parts[1], jnp.asarray(source), parts[2] if editing else None)
+        return sampler.condition(plan, parts[0], parts[-1], jnp.asarray(source), parts[-1])
 
     def _apply_unet(self, params, *inputs):
         return self._unet.apply({"params": params}, *inputs)
 
-    def _run_sampler(self, params, noise, conditioning, sizes, sigmas, guidance_scale, image_guidance_scale):
+    def _run_sampler(
+        self, params, noise, conditioning, sizes, sigmas, guidance_scale, image_guidance_scale, *, reporting
+    ):
+        def velocity(canvas, timestep, *inputs):
+            if reporting:
+                jax.debug.callback(self._report, timestep[0])
+            return self._apply_unet(params, canvas, timestep, *inputs)
+
         return sampler.sample(
-            functools.partial(self._apply_unet, params), noise, conditioning, sizes, sigmas, guidance_scale,
-            image_guidance_scale, layout=self.config.unet.condition_layout,
+            velocity, noise, conditioning, sizes, sigmas, guidance_scale, image_guidance_scale,
+            layout=self.config.unet.condition_layout,
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _reporting(self, progress: Progress, sigmas: np.ndarray) -> Iterator[None]:
+        """While open, the steps of the compiled sampler are told to `progress`; one run at a time."""
+        with self._reports:
+            self._listening = progress, flow.TIMESTEPS * sigmas[:-1]
+            try:
+                yield
+                jax.effects_barrier()  # the last report has been made
+            finally:
+                self._listening = None
+
+    def _report(self, timestep: np.ndarray) -> None:
+        if self._listening:
+            progress, timesteps = self._listening
+            progress(int(np.abs(timesteps - timestep).argmin()) + 1, len(timesteps))
 
     def _place(self, x: np.ndarray) -> jax.Array:
         """Split over the devices where the batch divides, else on each."""
@@ -181,22 +214,40 @@ class Model:
         return np.concatenate(parts)
 
 
-def load_model(directory: str | Path, *, dtype=jnp.float32) -> Model:
+def find_model(location: str | Path) -> Path:
+    """The model folder at `location`, or the one exported into a training workdir."""
+    path = Path(location)
+    return path / "model" if (path / "model" / model_folder.MANIFEST).is_file() else path
+
+
+def load_config(directory: str | Path) -> ModelConfig:
+    """What `load_model` would load: a folder of ours, a training workdir or a diffusers DreamLite folder."""
+    directory = find_model(directory)
+    return (released if released.is_released(directory) else model_folder).load_config(directory)
+
+
+def load_model(directory: str | Path, *, dtype: DTypeLike = jnp.float32, text_dtype: DTypeLike = jnp.bfloat16) -> Model:
     """The model of a folder: one of ours, or a diffusers DreamLite folder, which is converted on the way in.
+
+    Args:
+      dtype: of the computation of U-Net and autoencoder; their weights are float32.
+      text_dtype: of Qwen3-VL's weights and computation (bfloat16 as released). MiniLM is always float32.
 
     Raises:
       UserError: not a model folder, an incomplete or damaged one, weights of another architecture.
     """
-    directory = Path(directory)
-    if (directory / "model" / model_folder.MANIFEST).is_file():
-        directory = directory / "model"  # a training workdir
-    config = model_folder.load_config(directory)
-    params = {name: model_folder.load_params(directory, name) for name in model_folder.COMPONENTS}
+    directory = find_model(directory)
+    config = load_config(directory)
+    if released.is_released(directory):
+        params = {name: released.load_params(directory, name, config) for name in model_folder.COMPONENTS}
+    else:
+        params = {name: model_folder.load_params(directory, name) for name in model_folder.COMPONENTS}
 
     def encoder() -> PromptEncoder:
         from dreamlite_jax.text.cache import CachedEncoder
         from dreamlite_jax.text.load import load_encoder
 
-        return CachedEncoder(load_encoder(config.text), image_in_key=config.text.encoder != "minilm")
+        loaded = load_encoder(config.text, directory, dtype=text_dtype)
+        return CachedEncoder(loaded, image_in_key=config.text.encoder != "minilm")
 
     return Model(config, params, encoder, dtype)

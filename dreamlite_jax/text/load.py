@@ -1,20 +1,32 @@
 """The prompt encoder that a config names."""
 
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 from dreamlite_jax.config import TextConfig
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.text.encoder import PromptEncoder
 
 
-def load_encoder(config: TextConfig) -> PromptEncoder:
-    """Loads the encoder and checks that its weights are the ones the network was trained with.
+def load_encoder(config: TextConfig, directory: str | Path = ".", *, dtype: DTypeLike = jnp.bfloat16) -> PromptEncoder:
+    """Loads the encoder and checks that it is the one the network was trained with.
+
+    Args:
+      directory: the model folder. A `config.source` of Qwen3-VL that is a relative path begins there.
+      dtype: of Qwen3-VL's weights and computation; MiniLM is always float32.
 
     Raises:
-      UserError: the weights are missing, or differ from `config.sha256`.
+      UserError: the weights are missing, damaged, or (MiniLM) differ from `config.sha256`.
     """
     if config.encoder == "qwen3_vl":
         from dreamlite_jax.text.qwen_encoder import QwenEncoder
 
-        return QwenEncoder.load(config.source)
+        folder = Path(directory) / config.source  # an absolute source stands alone
+        if not folder.is_dir():
+            raise UserError(f"text.source {config.source}: the folder {folder} does not exist; it has the text encoder")
+        return QwenEncoder.load(folder, dtype=dtype)
     from dreamlite_jax.models.minilm import load_minilm, minilm_directory, weights_sha256
     from dreamlite_jax.text.minilm_encoder import MiniLMEncoder
 
