@@ -24,8 +24,11 @@ def load_encoder(config: TextConfig, directory: str | Path = ".", *, dtype: DTyp
         from dreamlite_jax.text.qwen_encoder import QwenEncoder
 
         folder = Path(directory) / config.source  # an absolute source stands alone
-        if not folder.is_dir():
-            raise UserError(f"text.source {config.source}: the folder {folder} does not exist; it has the text encoder")
+        if not any((folder / name).is_file() for name in ("text_encoder/config.json", "config.json")):
+            raise UserError(
+                f"text.source {config.source}: {folder} has no text_encoder/config.json; this model's prompts are "
+                "encoded by Qwen3-VL, whose folders text_encoder, tokenizer and processor belong there"
+            )
         return QwenEncoder.load(folder, dtype=dtype)
     from dreamlite_jax.models.minilm import load_minilm, minilm_directory, weights_sha256
     from dreamlite_jax.text.minilm_encoder import MiniLMEncoder
