@@ -1,0 +1,221 @@
+"""A page to generate and edit in a browser: python -m dreamlite_jax.app --model DIR [--port N]. Needs `[app]`."""
+
+import argparse
+import contextvars
+import html
+import importlib.util
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamlite_jax import cli, pictures
+from dreamlite_jax.config import ModelConfig
+from dreamlite_jax.errors import UserError
+
+MOST_IMAGES = 8
+SMALL = 256  # px: pictures of models below it are shown enlarged, with hard edges
+CSS = ".gallery-container img, .image-container img { image-rendering: pixelated; }"
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = cli.Parser(prog="python -m dreamlite_jax.app", description=__doc__)
+    parser.add_argument("--model", required=True, type=Path, help="model folder, training workdir or diffusers folder")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password")
+    return parser.parse_args(argv)
+
+
+class Studio:
+    """What the page's buttons do: one model, and a folder for the pictures made while the page is served."""
+
+    def __init__(self, model: Any, name: str, folder: Path):
+        """`model` is a `dreamlite_jax.model.Model`; `name` goes into the pictures' metadata."""
+        self.model, self.name, self.folder = model, name, folder
+        self._made = 0
+
+    def run(
+        self,
+        prompt: str,
+        source: str | None,
+        width: float,
+        height: float,
+        steps: float,
+        guidance_scale: float,
+        image_guidance_scale: float,
+        seed: float | None,
+        count: float,
+        *,
+        editing: bool,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """(pictures made, what was predicted at each step for the first), each as (path, caption).
+
+        Numbers come from sliders and boxes, which give floats, or None when emptied.
+
+        Raises:
+          UserError: whatever `Model.run` refuses; an edit without a source; an emptied number box.
+        """
+        if seed is None or seed != int(seed):
+            raise UserError(f"seed is {seed}; it must be a whole number from 0 to {2**32 - 1}")
+        picture = None
+        if editing:
+            if not source:
+                raise UserError("there is no picture to edit; choose one first")
+            picture = pictures.read_picture(source)
+        seeds = [int(seed) + i for i in range(int(count))]
+        settings = {
+            "steps": int(steps), "guidance_scale": float(guidance_scale),
+            "image_guidance_scale": float(image_guidance_scale), "width": int(width), "height": int(height),
+        }  # fmt: skip
+        result = self.model.run(
+            [prompt] * len(seeds),
+            images=[picture] * len(seeds) if editing else None,
+            seeds=seeds,
+            progress=progress,
+            **settings,
+        )
+        self._made += 1
+        about = {"prompt": prompt, **settings, "model": self.name}
+        made = [
+            (self._save(f"{seed}.png", image, {**about, "seed": seed}), f"seed {seed}")
+            for seed, image in zip(seeds, result.images, strict=True)
+        ]
+        shown = [
+            (self._save(f"step_{i:02d}.png", image, {**about, "seed": seeds[0], "step": i}), f"step {i}")
+            for i, image in enumerate(self.model.decode_latents(result.trajectory[:, 0]), 1)
+        ]
+        return made, shown
+
+    def _save(self, name: str, image: np.ndarray, about: dict[str, Any]) -> str:
+        folder = self.folder / f"{self._made:05d}"
+        folder.mkdir(exist_ok=True)
+        pictures.save_png(folder / name, image, {"dreamlite_jax": json.dumps(about)})
+        return str(folder / name)
+
+
+def build(studio: Studio) -> Any:
+    """The page, a `gradio.Blocks`."""
+    import gradio as gr
+
+    config: ModelConfig = studio.model.config
+
+    def action(editing: bool, progress: gr.Progress, *inputs: Any) -> Any:
+        here = contextvars.copy_context()  # steps are reported from a thread of JAX, which has no request of its own
+
+        def report(step: int, steps: int) -> None:
+            here.copy().run(progress, (step - 1, steps), desc="sampling", unit="steps")
+
+        try:
+            return studio.run(*inputs, editing=editing, progress=report)
+        except UserError as error:
+            message = html.escape(str(error))  # shown as HTML, and it may quote the prompt
+            raise gr.Error(message, title="Please change", duration=None, print_exception=False) from None
+
+    # Gradio counts the parameters, and gives a `gr.Progress` where it finds one among the defaults.
+    def generate(prompt, width, height, steps, guidance, image_guidance, seed, count, progress=gr.Progress()):  # noqa: B008
+        return action(False, progress, prompt, None, width, height, steps, guidance, image_guidance, seed, count)
+
+    def edit(prompt, source, width, height, steps, guidance, image_guidance, seed, count, progress=gr.Progress()):  # noqa: B008
+        return action(True, progress, prompt, source, width, height, steps, guidance, image_guidance, seed, count)
+
+    with gr.Blocks(title="DreamLite", analytics_enabled=False) as page:
+        gr.Markdown(f"# DreamLite\nmodel `{studio.name}`, trained for {config.native_size} px")
+        for task, function in (("generate", generate), ("edit", edit)):
+            with gr.Tab(task.capitalize(), id=task, elem_id=f"{task}_tab"), gr.Row():
+                with gr.Column(scale=2):
+                    inputs = controls(gr, config, task)
+                with gr.Column(scale=3):
+                    made = gallery(gr, "Pictures", f"{task}_gallery", columns=2)
+                    with gr.Accordion("What the model predicted at each step", open=False, elem_id=f"{task}_preview"):
+                        steps = gallery(gr, "Steps of the first picture", f"{task}_steps", columns=6)
+                inputs["button"].click(
+                    function, list(inputs["values"]), [made, steps], concurrency_id="model", api_name=task
+                )
+    return page
+
+
+def controls(gr: Any, config: ModelConfig, task: str) -> dict[str, Any]:
+    """Inputs of a tab, in the order of `Studio.run` (generate has no source), and its button."""
+    multiple = config.size_multiple
+    largest = max(multiple, 2 * config.native_size // multiple * multiple)
+
+    def slider(name: str, label: str, value: float, low: float, high: float, step: float, **options: Any) -> Any:
+        return gr.Slider(low, high, value, step=step, label=label, elem_id=f"{task}_{name}", **options)
+
+    said = {"generate": ("Prompt", "a small wooden boat under a bridge"), "edit": ("Change", "make it snowy")}
+    label, example = said[task]
+    prompt = gr.Textbox(label=label, placeholder=example, lines=2, elem_id=f"{task}_prompt")
+    source = []
+    if task == "edit":
+        source = [
+            gr.Image(
+                label="Picture to edit", type="filepath", image_mode=None, sources=["upload", "clipboard"],
+                height=260, elem_id="edit_source",
+            )
+        ]  # fmt: skip
+    button = gr.Button(task.capitalize(), variant="primary", elem_id=f"{task}_button")
+    with gr.Row():
+        seed = gr.Number(0, label="Seed of the first", precision=0, minimum=0, elem_id=f"{task}_seed")
+        dice = gr.Button("Other seed", elem_id=f"{task}_dice")
+    dice.click(new_seed, None, seed, queue=False, api_visibility="private")
+    count = slider("count", "Pictures", 1, 1, MOST_IMAGES, 1)
+    steps = slider("steps", "Steps", config.steps, 1, max(50, config.steps), 1)
+    guidance = slider("guidance", "Guidance (1: none)", config.guidance_scale, 1, max(10, config.guidance_scale), 0.1)
+    image_guidance = slider(
+        "image_guidance", "Image guidance", config.image_guidance_scale, 0, max(5, config.image_guidance_scale), 0.1,
+        visible=task == "edit",
+    )  # fmt: skip
+    with gr.Row():
+        width = slider("width", "Width", config.native_size, multiple, largest, multiple)
+        height = slider("height", "Height", config.native_size, multiple, largest, multiple)
+    return {
+        "values": [prompt, *source, width, height, steps, guidance, image_guidance, seed, count],
+        "button": button,
+    }
+
+
+def new_seed() -> int:
+    return random.randrange(2**31)
+
+
+def gallery(gr: Any, label: str, name: str, columns: int) -> Any:
+    return gr.Gallery(
+        label=label, elem_id=name, columns=columns, fit_columns=False, object_fit="contain", height="auto",
+        interactive=False, buttons=["download"],
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    if not 0 < args.port < 2**16:
+        raise UserError(f"--port is {args.port}; it must be from 1 to {2**16 - 1}")
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the page needs gradio, which is not installed; pip install 'dreamlite_jax[app]'")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    from dreamlite_jax import load_model
+
+    model = load_model(args.model)
+    import gradio as gr
+
+    with tempfile.TemporaryDirectory(prefix="dreamlite_") as folder:
+        page = build(Studio(model, args.model.name or str(args.model), Path(folder)))
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # fetches no fonts
+        try:
+            page.launch(
+                server_name=args.host, server_port=args.port, share=False, inbrowser=False, show_error=True,
+                allowed_paths=[folder], theme=theme, css=CSS if model.config.native_size < SMALL else None,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"--port {args.port} cannot be served on {args.host}: {error}") from error
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
