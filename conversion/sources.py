@@ -37,11 +37,12 @@ def locate(source: str) -> Path:
 
 def download(repository: str, revision: str | None) -> Path:
     """A snapshot of a hub repository. Raises `UserError` with the remedy when it cannot be had."""
-    import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
     name = f"{repository}@{revision}" if revision else repository
+    # The HTTP library under the hub's differs by version; the base of its errors is a base of the hub's own.
+    transport_error = errors.HfHubHTTPError.__mro__[1]
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(HUB_FILES)))
     except errors.GatedRepoError:
@@ -55,7 +56,9 @@ def download(repository: str, revision: str | None) -> Path:
         raise UserError(
             f"--source {name}: no such folder here and no such repository on the hub, or no access"
         ) from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except errors.HFValidationError as error:
+        raise UserError(f"--source {name}: no such folder here, and no valid hub id: {error}") from None
+    except (errors.XetDownloadError, transport_error, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"--source {name}: no such folder here, and the hub cannot be reached ({reason}); "

@@ -33,3 +33,17 @@ def litert_model(small_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("litert") / "small"
     assert to_litert.main(["--model", str(small_model), "--output", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory):
+    """Parts of a small released pipeline, its folder, and that folder there and back."""
+    import released_folder
+
+    from conversion import from_torch, to_torch
+
+    parts, root = released_folder.components(), tmp_path_factory.mktemp("released")
+    source = released_folder.write(root / "theirs", parts, "DreamLiteMobilePipeline", max_shard_size="500KB")
+    report = from_torch.convert(str(source), root / "ours")
+    to_torch.convert(root / "ours", root / "back")
+    return parts, source, root / "ours", root / "back", report
