@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dreamlite_jax.errors import UserError
 
 MAX_DIMENSIONS = 4
@@ -130,6 +132,18 @@ def read_metadata(path: str | Path, name: str = "dreamlite") -> dict[str, Any]:
             data = model.Buffers(entry.Buffer()).DataAsNumpy().tobytes()
             return json.loads(data.rstrip(b"\0"))
     raise UserError(f"{path} has no metadata {name!r}; it must be a file written by conversion.to_litert")
+
+
+def random_input(port: dict[str, Any], seed: int) -> np.ndarray:
+    """Values of one input: token ids, a bias with a padded tail, or a normal sample."""
+    rng = np.random.default_rng(seed)
+    if port["dtype"] == "int32":
+        return rng.integers(0, 100, port["shape"]).astype(np.int32)
+    values = rng.standard_normal(port["shape"]).astype(np.float32)
+    if port["name"] == "text_bias":
+        values[...] = 0.0
+        values[:, port["shape"][1] * 3 // 4 :] = -10000.0
+    return values
 
 
 def _read(path: str | Path) -> Any:

@@ -161,7 +161,7 @@ def _vae(component: Component, config: ModelConfig, params: dict[str, Any], size
 
 def _text(config: MiniLMConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
     b, s = sizes.batch, sizes.text_length
-    graph_text.fold_positions(params, s)
+    graph_text.fold_positions(params, b, s)
     scale_queries(params["encoder"], "query", config.head_dim**-0.5)
     inputs = (
         Port("token_ids", (b, s), "int32", "[CLS] words [SEP], padded with [PAD]"),

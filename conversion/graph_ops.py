@@ -138,7 +138,7 @@ def gelu(x: Array) -> Array:
 
 
 def embedding_lookup(ids: Array, table: Array) -> Array:
-    """Rows (n, d) of a table for int32 ids (n,): EMBEDDING_LOOKUP. A plain gather becomes GATHER_ND, which GPUs refuse."""
+    """Rows (n, d) of a table for int32 ids (n,): EMBEDDING_LOOKUP. A plain gather is GATHER_ND, which GPUs refuse."""
 
     def rows(ids: Array, table: Array, **_: Any) -> Array:
         return jnp.asarray(table).at[ids].get(mode="promise_in_bounds", wrap_negative_indices=False)

@@ -9,12 +9,12 @@ from dreamlite_jax.models.minilm import MiniLMConfig
 from .graph_ops import Array, Node, attend, dense, embedding_lookup, gelu, layer_norm, scoped
 
 
-def fold_positions(tree: dict[str, Any], text_length: int) -> None:
-    """Replaces the tables of positions and segments by the one constant (1, s, d) that a text of s tokens reads."""
+def fold_positions(tree: dict[str, Any], batch: int, text_length: int) -> None:
+    """Replaces the tables of positions and segments by the one constant (b, s, 1, d) that b texts of s tokens read."""
     embeddings = tree["embeddings"]
     positions = np.asarray(embeddings.pop("position_embeddings")["embedding"])
     segments = np.asarray(embeddings.pop("token_type_embeddings")["embedding"])
-    embeddings["offset"] = (positions[:text_length] + segments[:1])[None]
+    embeddings["offset"] = np.tile((positions[:text_length] + segments[:1])[None, :, None], (batch, 1, 1, 1))
 
 
 def minilm(node: Node, config: MiniLMConfig, token_ids: Array, text_bias: Array) -> Array:
@@ -36,8 +36,9 @@ def minilm(node: Node, config: MiniLMConfig, token_ids: Array, text_bias: Array)
 def _embed(node: Node, config: MiniLMConfig, token_ids: Array) -> Array:
     b, s = token_ids.shape
     words = embedding_lookup(token_ids.reshape(b * s), node.sub("word_embeddings")["embedding"])
-    x = words.reshape(b, s, words.shape[-1])
-    return layer_norm(node.sub("LayerNorm"), x + node["offset"], config.layer_norm_eps)
+    # In four dimensions, because a GPU adds a constant (s, d) wrongly and the converter would drop a third.
+    x = (words.reshape(b, s, 1, config.hidden_size) + node["offset"]).reshape(b, s, config.hidden_size)
+    return layer_norm(node.sub("LayerNorm"), x, config.layer_norm_eps)
 
 
 @scoped

@@ -44,6 +44,10 @@ class Floor:
 
 FLOORS = {
     "fp32": Floor(2e-5, 2e-5, 40.0),
+    "fp16": Floor(2e-2, 5e-3, 38.0),
+    "int8_dynamic": Floor(np.inf, 0.2, 25.0),
+    "int8_static": Floor(np.inf, 0.2, 30.0),
+    "int4_weights": Floor(np.inf, 0.4, 20.0),
 }
 
 

@@ -40,13 +40,21 @@ class Runtime:
     Args:
       folder: what `conversion.to_litert --component all` wrote.
       threads: of the CPU kernels.
+      observer: called with component, inputs and output of every call; calibration listens here.
       keep_loaded: whether components stay in memory between uses; off, the peak is that of the largest one.
 
     Attributes:
       load_seconds: of the first load of every component so far.
     """
 
-    def __init__(self, folder: str | Path, *, threads: int = 0, keep_loaded: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        threads: int = 0,
+        keep_loaded: bool = False,
+        observer: Callable[[str, dict[str, np.ndarray], np.ndarray], None] | None = None,
+    ):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.config = from_dict(ModelConfig, self.manifest["config"], f"{self.folder}/model.json: config")
@@ -57,6 +65,7 @@ class Runtime:
         self.load_seconds: dict[str, float] = {}
         self._threads = threads or os.cpu_count() or 1
         self._keep = keep_loaded
+        self._observer = observer
         self._loaded: dict[str, Callable[..., np.ndarray]] = {}
         self._prompts: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         self._tokenizer = None
@@ -175,13 +184,24 @@ class Runtime:
         """The named component as a function of its inputs; its memory is given back at the end."""
         if name not in self._loaded:
             begin = time.perf_counter()
-            self._loaded[name] = load_component(self.folder, self.manifest, name, self._threads)
+            self._loaded[name] = self._observed(name, load_component(self.folder, self.manifest, name, self._threads))
             self.load_seconds.setdefault(name, time.perf_counter() - begin)
         try:
             yield self._loaded[name]
         finally:
             if not self._keep:
                 del self._loaded[name]
+
+    def _observed(self, name: str, run: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        if self._observer is None:
+            return run
+
+        def observed(**inputs: np.ndarray) -> np.ndarray:
+            output = run(**inputs)
+            self._observer(name, inputs, output)
+            return output
+
+        return observed
 
 
 def load_component(folder: Path, manifest: dict[str, Any], name: str, threads: int) -> Callable[..., np.ndarray]:

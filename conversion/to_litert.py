@@ -21,13 +21,13 @@ from dreamlite_jax import cli
 from dreamlite_jax.config import ModelConfig, to_dict
 from dreamlite_jax.errors import UserError
 
-RECIPES = ("fp32",)
 TARGETS = ("gpu", "npu", "cpu")
 PROMPT = "a red car and a yellow star on a blue background"  # of the picture that is compared
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from .graph import COMPONENTS
+    from .quantize import RECIPES
 
     parser = argparse.ArgumentParser(prog="python -m conversion.to_litert", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="model folder, or the workdir of a training run")
@@ -42,6 +42,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--attention_chunk", type=int, default=0, help="query rows of attention at a time, 0: all; bounds its memory"
     )
+    parser.add_argument("--calibration_samples", type=int, default=32, help="network calls that int8_static looks at")
+    parser.add_argument("--sensitivity", action="store_true", help="report what each module loses under W8A8 (slow)")
     return parser.parse_args(argv)
 
 
@@ -61,9 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.attention_chunk,
     )
     sizes.check(config)
+    if args.calibration_samples < 1:
+        raise UserError(f"--calibration_samples is {args.calibration_samples}; it must be at least 1")
+    if args.recipe == "int8_static" and args.component not in ("all", "text"):
+        raise UserError(
+            "--recipe int8_static is calibrated on what the sampler visits, which needs every component; "
+            "use --component all"
+        )
     components = COMPONENTS if args.component == "all" else (args.component,)
     with model_folder.new_folder(args.output) as folder:
-        report = convert_all(model, config, sizes, components, folder, args.recipe, args.target)
+        report = convert_all(
+            model,
+            config,
+            sizes,
+            components,
+            folder,
+            args.recipe,
+            args.target,
+            args.calibration_samples,
+            args.sensitivity,
+        )
         report["flags"] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     print(table(report))
@@ -72,7 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert_all(
-    model: Path, config: ModelConfig, sizes: Any, components: Sequence[str], folder: Path, recipe: str, target: str
+    model: Path,
+    config: ModelConfig,
+    sizes: Any,
+    components: Sequence[str],
+    folder: Path,
+    recipe: str,
+    target: str,
+    calibration_samples: int = 32,
+    sensitivity: bool = False,
 ) -> dict[str, Any]:
     """Converts, audits and compares the components into `folder`; returns the report."""
     from . import parity, runtime
@@ -82,6 +109,8 @@ def convert_all(
     for component in components:
         rows[component] = convert_one(component, model, config, sizes, folder, manifest)
         gc.collect()
+    if recipe != "fp32":
+        quantize_all(folder, manifest, rows, recipe, calibration_samples, sensitivity)
     report = {
         "components": rows,
         "model": str(model),
@@ -91,8 +120,8 @@ def convert_all(
         "versions": versions(),
         "attention_scores_bytes": attention_bytes(config, sizes),
     }
-    passed = all(row["parity"]["passed"] and not row["faults"] for row in rows.values())
-    if len(components) > 1:
+    passed = all(row_passed(row) for row in rows.values())
+    if len(rows) > 1:
         floor = parity.FLOORS[recipe].psnr_db
         params = {name: load(name, model, config)[0] for name in ("unet", "vae")}
         params["text"], params["text_config"] = load("text", model, config)
@@ -104,11 +133,64 @@ def convert_all(
     return report
 
 
+def quantize_all(
+    folder: Path,
+    manifest: dict[str, Any],
+    rows: dict[str, Any],
+    recipe: str,
+    calibration_samples: int,
+    sensitivity: bool,
+) -> None:
+    """Replaces the float32 files by quantised ones and adds to each row what that changed.
+
+    Where all components are there, the differences are those on inputs that the sampler met, else on random ones.
+    """
+    from . import audit, parity, quantize
+    from .graph import COMPONENTS
+    from .runtime import peak_memory_bytes
+
+    complete = set(rows) == set(COMPONENTS)
+    visited = quantize.visit(folder) if complete else {}
+    for component, row in rows.items():
+        path = folder / manifest["files"][component]
+        begin = time.perf_counter()
+        floats = path.with_name(f".{path.name}.fp32")
+        path.rename(floats)
+        if complete:
+            calibration, held_out = visited[component].split(calibration_samples)
+        else:
+            calibration, held_out = None, quantize.random_samples(floats)
+        chosen = quantize.quantize(floats, path, component, recipe, calibration, held_out)
+        if sensitivity and calibration is not None and component != "text":
+            chosen["sensitivity"] = quantize.sensitivity(floats, calibration, held_out)
+        found = audit.audit(path)
+        compared = quantize.compare(path, held_out, parity.FLOORS[recipe])
+        floats.unlink()
+        row["quantized"] = {
+            "file_bytes": found.file_bytes,
+            "ops": found.ops,
+            "seconds": time.perf_counter() - begin,
+            "parity_on": "inputs of the sampler" if complete else "random inputs",
+            "parity": dataclasses.asdict(compared),
+            **chosen,
+        }
+        row["faults"] += [fault for fault in found.faults if "computed at run time" not in fault]
+        row["peak_memory_bytes"] = peak_memory_bytes()
+        gc.collect()
+
+
+def row_passed(row: dict[str, Any]) -> bool:
+    """Whether a component reached every floor and has nothing that no delegate takes."""
+    stages = [row, *([row["quantized"]] if "quantized" in row else [])]
+    return not row["faults"] and all(stage["parity"]["passed"] for stage in stages)
+
+
 def convert_one(
     component: str, model: Path, config: ModelConfig, sizes: Any, folder: Path, manifest: dict[str, Any]
 ) -> dict[str, Any]:
     """One component: its file in `folder`, and its part of the report."""
-    from . import audit, graph, litert, parity, runtime
+    from . import audit, graph, litert, parity
+    from .runtime import peak_memory_bytes
 
     begin = time.perf_counter()
     params, text = load(component, model, config)
@@ -126,15 +208,12 @@ def convert_one(
     seconds = time.perf_counter() - begin
     found = audit.audit(path)
     params, text = load(component, model, config)
-    compared = parity.compare(
-        component, config, sizes, params, folder, manifest, parity.FLOORS[manifest["recipe"]], text
-    )
+    compared = parity.compare(component, config, sizes, params, folder, manifest, parity.FLOORS["fp32"], text)
     return {
         "file": path.name,
         "file_bytes": found.file_bytes,
         "seconds": seconds,
-        "peak_memory_bytes": runtime.peak_memory_bytes(),
-        "operations": sum(found.ops.values()),
+        "peak_memory_bytes": peak_memory_bytes(),
         "ops": found.ops,
         "faults": list(found.faults),
         "parity": dataclasses.asdict(compared),
@@ -230,11 +309,11 @@ def table(report: dict[str, Any]) -> str:
         f"{'component':<12} {'MB':>8} {'ops':>6} {'seconds':>8} {'peak GB':>8} {'max abs':>9} {'rel rms':>9}  floor"
     ]
     for name, row in report["components"].items():
-        passed = "ok" if row["parity"]["passed"] and not row["faults"] else "MISSED"
+        shown = {**row, **row.get("quantized", {})}
         lines.append(
-            f"{name:<12} {row['file_bytes'] / 1e6:8.1f} {row['operations']:6d} {row['seconds']:8.1f} "
-            f"{row['peak_memory_bytes'] / 1e9:8.2f} {row['parity']['max_abs']:9.1e} "
-            f"{row['parity']['relative_rms']:9.1e}  {passed}"
+            f"{name:<12} {shown['file_bytes'] / 1e6:8.1f} {sum(shown['ops'].values()):6d} {shown['seconds']:8.1f} "
+            f"{row['peak_memory_bytes'] / 1e9:8.2f} {shown['parity']['max_abs']:9.1e} "
+            f"{shown['parity']['relative_rms']:9.1e}  {'ok' if row_passed(row) else 'MISSED'}"
         )
         lines += [f"  fault: {fault}" for fault in row["faults"][:10]]
     if "picture" in report:

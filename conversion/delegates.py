@@ -1,0 +1,263 @@
+"""Which hardware takes a converted file whole: python -m conversion.delegates --model LITERT_DIR [--no_run].
+
+The GPU answer comes from LiteRT's own GPU accelerator where one can start (a software Vulkan driver will do), in a
+process of its own, and its numbers are compared with the CPU's: it is known to compute some graphs silently wrong.
+Where it cannot start, a table of rules answers; the tests hold the table to the accelerator.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamlite_jax import cli
+from dreamlite_jax.errors import UserError
+
+from .audit import Operation, Tensor, audit, operations, random_input, read_metadata
+
+GPU_TOLERANCE = 1e-3  # of the output's range
+SOFTWARE_DRIVERS = ("/usr/lib/chromium/vk_swiftshader_icd.json", "/usr/share/vulkan/icd.d/lvp_icd.x86_64.json")
+MARK = "DELEGATE "  # of the line that the probe reports on
+
+# What LiteRT's GPU accelerator (WebGPU build of ai-edge-litert 2.3.0) and Qualcomm's HTP compiler take, among the
+# operations that our graphs or likely mistakes contain.
+_BOTH = """
+    ADD BATCH_MATMUL CONCATENATION CONV_2D DEPTHWISE_CONV_2D DEQUANTIZE EMBEDDING_LOOKUP FULLY_CONNECTED GELU LOGISTIC
+    MEAN MUL PAD RESHAPE RESIZE_NEAREST_NEIGHBOR RSQRT SLICE SOFTMAX SUB TANH TRANSPOSE
+"""
+TAKEN = {"gpu": frozenset(_BOTH.split()), "npu": frozenset(_BOTH.split()) | {"QUANTIZE", "GATHER", "GATHER_ND"}}
+ELEMENTWISE = ("ADD", "SUB", "MUL")
+INTEGER_TYPES = ("INT8", "UINT8", "INT16", "INT4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether a delegate runs a whole file.
+
+    Attributes:
+      how: "accelerator" when it was tried, "rules" when the table says so.
+      refused: sentences that name the operation and the layer that made it.
+      difference: largest difference from CPU over the output's range, where it was run.
+    """
+
+    delegate: str
+    whole: bool
+    how: str
+    refused: tuple[str, ...] = ()
+    difference: float | None = None
+
+
+def by_rules(path: str | Path, delegate: str) -> Verdict:
+    """What the table says of a file. `delegate` is "gpu", "npu" or "cpu" (which takes every builtin operation)."""
+    if delegate == "cpu":
+        faults = tuple(fault for fault in audit(path).faults if "no builtin" in fault)
+        return Verdict("cpu", not faults, "rules", faults)
+    if delegate not in TAKEN:
+        raise UserError(f"delegate is {delegate!r}; it must be one of cpu, {', '.join(TAKEN)}")
+    refused = dict.fromkeys(sentence for op in operations(path) for sentence in refusals(op, delegate))
+    return Verdict(delegate, not refused, "rules", tuple(refused))
+
+
+def refusals(op: Operation, delegate: str) -> list[str]:
+    """Why a delegate would not run this operation, or not rightly; empty when it would."""
+    where = f"in {op.layer}"
+    found = []
+    if op.kind not in TAKEN[delegate]:
+        found.append(f"{op.kind} is not taken, {where}")
+    if any(len(tensor.shape) > 4 for tensor in (*op.inputs, *op.outputs)):
+        found.append(f"{op.kind} has more than four dimensions, {where}")
+    if op.kind == "BATCH_MATMUL" and not equal_batch(*op.inputs[:2]):
+        found.append(f"BATCH_MATMUL broadcasts a batch axis, which GPUs compute silently wrong, {where}")
+    if op.kind in ELEMENTWISE and len(op.inputs) > 1 and not equal_layout(*op.inputs[:2]):
+        found.append(f"{op.kind} has inputs that GPUs read along unlike axes, {where}")
+    if delegate == "gpu":
+        # Eight-bit constants are unpacked while loading; eight-bit activations are not computed there.
+        streams = [tensor for tensor in (*op.inputs, *op.outputs) if not tensor.constant]
+        if any(tensor.dtype in INTEGER_TYPES for tensor in streams):
+            found.append(f"{op.kind} has integer activations, {where}")
+    return found
+
+
+def equal_batch(a: Tensor, b: Tensor) -> bool:
+    """Whether a batched product has the same leading axes on both sides."""
+    return a.shape[:-2] == b.shape[:-2]
+
+
+def equal_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether a GPU reads both along the same axes.
+
+    To it (s, d) is a batch of s and (1, s, d) a batch of one; of a constant (s, d) it reads the first row for all.
+    """
+    lower = min(a, b, key=lambda tensor: len(tensor.shape))
+    if len(lower.shape) < 2 or lower.shape[0] == 1:
+        return True
+    return len(a.shape) == len(b.shape) and not (len(lower.shape) == 2 and (a.constant or b.constant))
+
+
+# --- the real accelerator
+
+
+def gpu_environment() -> dict[str, str] | None:
+    """Environment in which the GPU accelerator can start, or None when there is no Vulkan loader or no driver."""
+    try:
+        ctypes.CDLL("libvulkan.so.1")
+    except OSError:
+        return None
+    environment = {"XDG_RUNTIME_DIR": os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()}
+    if os.environ.get("VK_ICD_FILENAMES") or os.environ.get("VK_DRIVER_FILES") or Path("/dev/dri").exists():
+        return environment
+    drivers = [path for path in SOFTWARE_DRIVERS if Path(path).is_file()]
+    return {**environment, "VK_ICD_FILENAMES": drivers[0]} if drivers else None
+
+
+def on_gpu(path: str | Path, *, run: bool = True, timeout_sec: float = 1800) -> Verdict:
+    """Asks the real accelerator: is every operation taken, and are the numbers those of the CPU?
+
+    Args:
+      run: whether to compute too; on a software driver a large network takes minutes.
+
+    Raises:
+      UserError: no accelerator can start here.
+    """
+    environment = gpu_environment()
+    if environment is None:
+        raise UserError(
+            "no Vulkan driver was found, so the GPU accelerator cannot start; install libvulkan1 and a driver "
+            "(Debian's chromium brings a software one), or set VK_ICD_FILENAMES"
+        )
+    command = [sys.executable, "-c", "import sys; from conversion import delegates; delegates.probe(*sys.argv[1:])"]
+    if __package__ != "conversion":
+        command[2] = command[2].replace("from conversion", f"from {__package__}")
+    root = Path(__file__).resolve().parent.parent
+    search = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    try:
+        done = subprocess.run(
+            [*command, str(path), "run" if run else "load"],
+            env={**os.environ, **environment, "PYTHONPATH": search},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_sec,
+        )
+    except subprocess.TimeoutExpired:
+        return Verdict("gpu", False, "accelerator", (f"no answer within {timeout_sec:g} seconds",))
+    lines = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
+    answer = json.loads(lines[-1]) if lines else {}
+    refused = _refused_operations(done.stderr, path)
+    whole = bool(answer.get("whole")) and done.returncode == 0 and not refused
+    difference = answer.get("difference")
+    if not whole and not refused:
+        refused = [f"the accelerator ended with code {done.returncode}: {_last_error(done.stderr)}"]
+    if difference is not None and not difference <= GPU_TOLERANCE:
+        whole = False
+        refused.append(f"its numbers differ from the CPU's by {difference:.2g} of the output's range")
+    return Verdict("gpu", whole, "accelerator", tuple(refused), difference)
+
+
+def _refused_operations(log: str, path: str | Path) -> list[str]:
+    """'Following operations are not supported by GPU delegate:' and its list, with the layers of these operations."""
+    lines, kinds = log.splitlines(), {}
+    for i, line in enumerate(lines):
+        if "operations are not supported" in line:
+            for entry in lines[i + 1 :]:
+                kind, found, why = entry.strip().partition(": ")
+                if not found or not kind.replace("_", "").isalnum() or not kind.isupper():
+                    break
+                kinds[kind] = why
+    return list(
+        dict.fromkeys(
+            f"{op.kind} is not taken ({kinds[op.kind]}), in {op.layer}" for op in operations(path) if op.kind in kinds
+        )
+    )
+
+
+def _last_error(log: str) -> str:
+    errors = [line.strip() for line in log.splitlines() if "ERROR" in line or "Error" in line]
+    return errors[-1] if errors else "no message"
+
+
+def probe(path: str, what: str) -> None:
+    """Body of the separate process: compiles for the GPU, runs beside the CPU, prints one JSON line."""
+    from ai_edge_litert.compiled_model import CompiledModel
+    from ai_edge_litert.hardware_accelerator import HardwareAccelerator
+
+    answer: dict[str, Any] = {}
+    metadata = read_metadata(path)
+    inputs = {port["name"]: random_input(port, seed) for seed, port in enumerate(metadata["inputs"])}
+    gpu = CompiledModel.from_file(path, hardware_accel=HardwareAccelerator.GPU)
+    answer["whole"] = bool(gpu.is_fully_accelerated())
+    print(MARK + json.dumps(answer), flush=True)
+    if what == "run":
+        cpu = CompiledModel.from_file(path, hardware_accel=HardwareAccelerator.CPU)
+        shape = metadata["outputs"][0]["shape"]
+        wanted, found = (_run(model, inputs, shape) for model in (cpu, gpu))
+        answer["difference"] = float(np.abs(wanted - found).max() / max(float(np.ptp(wanted)), 1e-12))
+        print(MARK + json.dumps(answer), flush=True)
+
+
+def _run(model: Any, inputs: dict[str, np.ndarray], shape: Sequence[int]) -> np.ndarray:
+    names = model.get_signature_by_index(0)["inputs"]
+    buffers, outputs = model.create_input_buffers(0), model.create_output_buffers(0)
+    for buffer, name in zip(buffers, names, strict=True):
+        buffer.write(inputs[name])
+    model.run_by_index(0, buffers, outputs)
+    return outputs[0].read(int(np.prod(shape)), np.float32)
+
+
+# --- one table
+
+
+def verdicts(path: str | Path, *, run: bool = True) -> list[Verdict]:
+    """Of CPU, GPU (by the accelerator where it starts) and NPU."""
+    gpu = by_rules(path, "gpu") if gpu_environment() is None else on_gpu(path, run=run)
+    return [by_rules(path, "cpu"), gpu, by_rules(path, "npu")]
+
+
+def table(found: dict[str, list[Verdict]]) -> str:
+    """'runs whole on: …' for each component, with what would fall back below it."""
+    lines = []
+    for component, answers in found.items():
+        whole = [f"{v.delegate} ({v.how})" for v in answers if v.whole]
+        lines.append(f"{component:<12} runs whole on: {', '.join(whole) or 'nothing'}")
+        for verdict in answers:
+            if verdict.difference is not None:
+                lines.append(
+                    f"  {verdict.delegate}: within {verdict.difference:.1e} of the output's range from the CPU"
+                )
+            lines += [f"  {verdict.delegate}: {sentence}" for sentence in verdict.refused[:8]]
+            if len(verdict.refused) > 8:
+                lines.append(f"  {verdict.delegate}: and {len(verdict.refused) - 8} more")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; the exit code is 1 when the target of the conversion does not run a file whole."""
+    parser = argparse.ArgumentParser(prog="python -m conversion.delegates", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder written by conversion.to_litert")
+    parser.add_argument("--no_run", action="store_true", help="ask the GPU accelerator what it takes, compute nothing")
+    args = parser.parse_args(argv)
+    from .runtime import read_manifest
+
+    manifest = read_manifest(args.model)
+    found = {
+        component: verdicts(args.model / file, run=not args.no_run) for component, file in manifest["files"].items()
+    }
+    print(table(found))
+    target = manifest["target"]
+    failed = [c for c, answers in found.items() if not all(v.whole for v in answers if v.delegate == target)]
+    if failed:
+        print(f"NOT WHOLE on the target {target}: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

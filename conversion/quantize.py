@@ -1,0 +1,280 @@
+"""Named recipes that turn a float32 .tflite file into a smaller one, by ai-edge-quantizer.
+
+fp16          weights in half precision, computed in float.
+int8_dynamic  weights int8 per channel, symmetric; activations quantised at run time. No calibration.
+int8_static   W8A8: weights int8 per channel, activations int8, only in matmuls and convolutions. Both embedding MLPs,
+              first and last convolution, every norm and softmax stay in float (recipe of the model's author).
+              Calibrated on what the sampler itself visits; weights clipped by least squared error, the clipping of
+              activations searched on samples that calibration did not see.
+int4_weights  the text encoder's dense weights int4 in blocks of 32, its embedding table int8; the rest as fp16.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from dreamlite_jax.errors import UserError
+
+from . import parity
+from .audit import operations, random_input, read_metadata
+from .runtime import Runtime, load_component
+
+Recipe = Literal["fp32", "fp16", "int8_dynamic", "int8_static", "int4_weights"]
+RECIPES: tuple[Recipe, ...] = get_args(Recipe)
+SIGNATURE = "serving_default"
+MATMULS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL")
+# Layers of int8_static that stay in float; the last convolution is named after the output that it makes.
+KEPT = r"conv_in|conv_out|time_embedding|add_embedding|serving_default_\w+_output"
+CLIPS = (1.0, 0.9, 0.8, 0.65)  # of the observed range of activations
+CALIBRATION_PROMPTS = (
+    "a red car and a yellow star on a blue background",
+    "two red hearts on a white background",
+    "a photo of a dog in the snow",
+    "a green tree above a house",
+    "portrait of an old man, oil painting",
+    "three apples on a wooden table",
+)
+CALIBRATION_EDITS = ("make the background green", "remove the star", "turn it into a pencil drawing")
+
+Inputs = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class Samples:
+    """Inputs of one component and the float32 outputs, as a sampler met them."""
+
+    inputs: list[Inputs] = dataclasses.field(default_factory=list)
+    outputs: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    def split(self, calibration: int, held_out: int = 8) -> tuple["Samples", "Samples"]:
+        """(for calibration, held out): of an even choice over all steps and branches, with no sample in both.
+
+        Fewer samples than asked for are shared out in the same proportion.
+        """
+        count = min(calibration + held_out, len(self.inputs))
+        chosen = np.linspace(0, len(self.inputs) - 1, count).round().astype(int)
+        every = max(2, count // max(1, min(held_out, count // 2)))
+        held = chosen[every - 1 :: every]
+        return self._at(sorted(set(chosen) - set(held))), self._at(held)
+
+    def _at(self, index: Sequence[int]) -> "Samples":
+        return Samples([self.inputs[i] for i in index], [self.outputs[i] for i in index])
+
+
+def visit(folder: Path, prompts: Sequence[str] = CALIBRATION_PROMPTS, steps: int | None = None) -> dict[str, Samples]:
+    """Samples of every component from generating with all prompts and editing what was made, in float32."""
+    found: dict[str, Samples] = {}
+
+    def observe(component: str, inputs: Inputs, output: np.ndarray) -> None:
+        samples = found.setdefault(component, Samples())
+        samples.inputs.append({name: value.copy() for name, value in inputs.items()})
+        samples.outputs.append(meaningful(inputs, output))
+
+    runtime = Runtime(folder, keep_loaded=True, observer=observe)
+    for seed, prompt in enumerate(prompts):
+        image = np.clip(runtime.generate(prompt, seed=seed, steps=steps), -1.0, 1.0)
+        edit = CALIBRATION_EDITS[seed % len(CALIBRATION_EDITS)]
+        runtime.generate(edit, image, seed=seed, steps=steps)
+    return found
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    component: str,
+    recipe: Recipe,
+    calibration: Samples | None = None,
+    held_out: Samples | None = None,
+    kept: str = KEPT,
+) -> dict[str, Any]:
+    """Writes the quantised form of a float32 file and returns what was chosen on the way.
+
+    Args:
+      calibration, held_out: needed by int8_static, for every component but text.
+      kept: regular expression of layers that int8_static leaves in float.
+
+    Raises:
+      UserError: int8_static without samples.
+    """
+    if recipe == "int8_static" and component != "text":
+        if calibration is None or held_out is None:
+            raise UserError(
+                "recipe int8_static is calibrated on what the sampler visits, which needs every component: "
+                "use --component all"
+            )
+        return _static(source, target, calibration, held_out, kept)
+    quantizer = _quantizer(source)
+    _add_weights_only(quantizer, component, recipe)
+    _write(quantizer.quantize(enable_progress_report=False, enable_progress_bar=False), target)
+    return {}
+
+
+def _quantizer(source: Path) -> Any:
+    from ai_edge_quantizer import quantizer
+
+    return quantizer.Quantizer(str(source))
+
+
+def _add_weights_only(quantizer: Any, component: str, recipe: Recipe) -> None:
+    """Recipes that need no calibration."""
+    from ai_edge_quantizer import algorithm_manager, qtyping
+
+    everything = qtyping.TFLOperationName.ALL_SUPPORTED
+    algorithm, blocks = algorithm_manager.AlgorithmName, qtyping.QuantGranularity
+    if recipe in ("int8_dynamic", "int8_static"):
+        quantizer.add_dynamic_config(".*", everything, 8)
+    elif recipe == "int4_weights" and component == "text":
+        quantizer.add_weight_only_config(".*", qtyping.TFLOperationName.EMBEDDING_LOOKUP, 8)
+        quantizer.add_weight_only_config(
+            ".*", qtyping.TFLOperationName.FULLY_CONNECTED, 4, granularity=blocks.BLOCKWISE_32
+        )
+    else:
+        quantizer.add_weight_only_config(".*", everything, 16, algorithm_key=algorithm.FLOAT_CASTING)
+
+
+def _static(source: Path, target: Path, calibration: Samples, held_out: Samples, kept: str) -> dict[str, Any]:
+    """W8A8 with the clipping of activations that loses least on held-out samples."""
+    ranges = _observed_ranges(source, calibration.inputs, kept)
+    losses: dict[float, float] = {}
+    for clip in CLIPS:
+        trial = target.with_name(f".{target.name}.{clip}.part")
+        quantizer = _static_quantizer(source, kept)
+        _write(
+            quantizer.quantize(_clipped(ranges, clip), enable_progress_report=False, enable_progress_bar=False), trial
+        )
+        losses[clip] = relative_rms(trial, held_out)
+        if losses[clip] <= min(losses.values()):
+            os.replace(trial, target)
+        else:
+            trial.unlink()
+    best = min(losses, key=losses.__getitem__)
+    return {
+        "calibration_samples": len(calibration.inputs),
+        "held_out_samples": len(held_out.inputs),
+        "clip": best,
+        "relative_rms_by_clip": {str(clip): loss for clip, loss in losses.items()},
+        "kept_in_float": kept_layers(source, kept),
+    }
+
+
+def _static_quantizer(source: Path, kept: str) -> Any:
+    from ai_edge_quantizer import algorithm_manager, qtyping
+
+    names, algorithm = qtyping.TFLOperationName, algorithm_manager.AlgorithmName
+    quantizer = _quantizer(source)
+    for kind in MATMULS:
+        # BATCH_MATMUL has no weights to clip.
+        key = algorithm.MIN_MAX_UNIFORM_QUANT if kind == "BATCH_MATMUL" else algorithm.MSE
+        quantizer.add_static_config(".*", names(kind), 8, 8, algorithm_key=key)
+        quantizer.update_quantization_recipe(
+            regex=f".*({kept}).*", operation_name=names(kind), algorithm_key=algorithm.NO_QUANTIZE
+        )
+    return quantizer
+
+
+def _observed_ranges(source: Path, inputs: Sequence[Inputs], kept: str) -> dict[str, Any]:
+    """Smallest and largest value of every tensor over all samples."""
+    from ai_edge_quantizer import calibrator, recipe_manager
+    from ai_edge_quantizer.utils import qsv_utils
+
+    manager = recipe_manager.RecipeManager()
+    manager.load_quantization_recipe(_static_quantizer(source, kept).get_quantization_recipe())
+    observer = calibrator.Calibrator(
+        str(source), num_threads=os.cpu_count() or 1, qsv_update_func=qsv_utils.min_max_update
+    )
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
+        observer.calibrate({SIGNATURE: list(inputs)}, manager)
+    return observer.get_model_qsvs()
+
+
+def _clipped(ranges: dict[str, Any], clip: float) -> dict[str, Any]:
+    """The ranges with both ends drawn towards zero."""
+    return {
+        name: {key: value * np.float32(clip) if key in ("min", "max") else value for key, value in entry.items()}
+        for name, entry in ranges.items()
+    }
+
+
+def kept_layers(source: Path, kept: str) -> list[str]:
+    """Matmuls and convolutions of a file that the expression keeps in float."""
+    pattern = re.compile(kept)
+    return [op.layer for op in operations(source) if op.kind in MATMULS and pattern.search(op.outputs[0].name)]
+
+
+def relative_rms(path: Path, samples: Samples) -> float:
+    """Root mean square of a file's difference from the float32 outputs over theirs; the worst sample counts."""
+    run = load_component(path.parent, {"files": {"it": path.name}}, "it", os.cpu_count() or 1)
+    worst = 0.0
+    for inputs, wanted in zip(samples.inputs, samples.outputs, strict=True):
+        error = np.square(meaningful(inputs, run(**inputs)) - wanted).mean() / max(
+            float(np.square(wanted).mean()), 1e-12
+        )
+        worst = max(worst, float(np.sqrt(error)))
+    return worst
+
+
+def random_samples(path: Path, count: int = 2) -> Samples:
+    """Random inputs of a float32 file and its outputs, for a component converted alone."""
+    ports = read_metadata(path)["inputs"]
+    run = load_component(path.parent, {"files": {"it": path.name}}, "it", os.cpu_count() or 1)
+    inputs = [{port["name"]: random_input(port, seed) for port in ports} for seed in range(count)]
+    return Samples(inputs, [meaningful(some, run(**some)) for some in inputs])
+
+
+def meaningful(inputs: Inputs, output: np.ndarray) -> np.ndarray:
+    """The output with zeros where it has no meaning: text states of padding."""
+    if "token_ids" not in inputs:
+        return output
+    return output * (inputs["text_bias"] == 0.0)[..., None].astype(np.float32)
+
+
+def compare(path: Path, samples: Samples, floor: parity.Floor) -> parity.Parity:
+    """A quantised file beside the float32 outputs."""
+    run = load_component(path.parent, {"files": {"it": path.name}}, "it", os.cpu_count() or 1)
+    found = [meaningful(inputs, run(**inputs)) for inputs in samples.inputs]
+    return parity.measure(samples.outputs, found, floor)
+
+
+def sensitivity(source: Path, calibration: Samples, held_out: Samples, kept: str = KEPT) -> list[dict[str, Any]]:
+    """Relative RMS of the output when one module alone is W8A8 and all else is float32, worst first.
+
+    A module is two levels of the layer's name (down_blocks_0/resnets_0). What stands on top is what to keep in float.
+    """
+    from ai_edge_quantizer import algorithm_manager, qtyping
+
+    ranges = _observed_ranges(source, calibration.inputs, kept)
+    pattern = re.compile(kept)
+    groups: dict[str, int] = {}
+    for op in operations(source):
+        if op.kind in MATMULS and not pattern.search(op.outputs[0].name):
+            name = "/".join(op.layer.split("/")[:2])
+            groups[name] = groups.get(name, 0) + 1
+    rows = []
+    trial = source.with_name(f".{source.name}.sensitivity.part")
+    for group, count in groups.items():
+        quantizer = _quantizer(source)
+        for kind in MATMULS:
+            quantizer.add_static_config(
+                rf".*/{re.escape(group)}/.*",
+                qtyping.TFLOperationName(kind),
+                8,
+                8,
+                algorithm_key=algorithm_manager.AlgorithmName.MIN_MAX_UNIFORM_QUANT,
+            )
+        _write(quantizer.quantize(ranges, enable_progress_report=False, enable_progress_bar=False), trial)
+        rows.append({"module": group, "operations": count, "relative_rms": relative_rms(trial, held_out)})
+        trial.unlink()
+    return sorted(rows, key=lambda row: -row["relative_rms"])
+
+
+def _write(result: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    result.export_model(str(temporary), overwrite=True)
+    os.replace(temporary, path)
