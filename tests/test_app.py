@@ -1,0 +1,246 @@
+"""The page in a real browser: an image is generated and an edit made through it, and bad input is said on it."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from dreamlite_jax import app
+from dreamlite_jax.errors import UserError
+
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--window-size=1400,1400",
+)  # fmt: skip
+PATIENCE_S = 120
+
+
+class Recording:
+    """Keeps what a run is asked, and answers with noise; the page's own logic is what is tested with it."""
+
+    def __init__(self, model):
+        self.config, self._model, self.asked = model.config, model, []
+
+    def run(self, prompts, **options):
+        self.asked.append((prompts, options))
+        return self._model.run(prompts, **options)
+
+    def decode_latents(self, latents):
+        return self._model.decode_latents(latents)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_model(tmp_path_factory.mktemp("app") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    import dreamlite_jax
+
+    loaded = dreamlite_jax.load_model(folder)
+    loaded.encoder = tiny.WordEncoder()
+    return loaded
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "source.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(path)
+    return path
+
+
+# --------------------------------------------------------------------------------------- what the buttons do
+
+
+def test_pictures_have_their_seeds_and_settings(model, tmp_path):
+    recording = Recording(model)
+    studio = app.Studio(recording, "tiny", tmp_path)
+    made, shown = studio.run("a cat", None, 16.0, 24.0, 2.0, 2.5, 1.5, 7.0, 2.0, editing=False)
+    assert [caption for _, caption in made] == ["seed 7", "seed 8"]
+    assert [caption for _, caption in shown] == ["step 1", "step 2"]
+    [(prompts, options)] = recording.asked
+    assert prompts == ["a cat", "a cat"] and options["seeds"] == [7, 8] and options["images"] is None
+    with Image.open(made[1][0]) as image:
+        assert image.size == (16, 24)
+        settings = json.loads(image.text["dreamlite_jax"])
+    assert settings == {
+        "prompt": "a cat", "steps": 2, "guidance_scale": 2.5, "image_guidance_scale": 1.5, "width": 16, "height": 24,
+        "model": "tiny", "seed": 8,
+    }  # fmt: skip
+    last = np.asarray(Image.open(shown[-1][0])).astype(int)
+    assert np.abs(last - np.asarray(Image.open(made[0][0]))).max() <= 1  # the last prediction is the first picture
+    again, _ = studio.run("a cat", None, 16.0, 24.0, 2.0, 2.5, 1.5, 7.0, 1.0, editing=False)
+    assert again[0][0] != made[0][0] and Path(made[0][0]).is_file()  # earlier pictures stay
+
+
+def test_an_edit_takes_the_picture(model, tmp_path, source):
+    recording = Recording(model)
+    made, _ = app.Studio(recording, "tiny", tmp_path).run(
+        "make it red", str(source), 16.0, 16.0, 1.0, 2.0, 1.5, 0.0, 1.0, editing=True
+    )
+    assert len(made) == 1
+    [image] = recording.asked[0][1]["images"]
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(source)))
+
+
+def test_bad_input_is_refused(model, tmp_path):
+    studio = app.Studio(model, "tiny", tmp_path)
+    with pytest.raises(UserError, match="no picture to edit"):
+        studio.run("make it red", None, 16, 16, 1, 2.0, 1.5, 0, 1, editing=True)
+    with pytest.raises(UserError, match="seed is None"):
+        studio.run("a cat", None, 16, 16, 1, 2.0, 1.5, None, 1, editing=False)
+    with pytest.raises(UserError, match="prompt is empty"):
+        studio.run("", None, 16, 16, 1, 2.0, 1.5, 0, 1, editing=False)
+    with pytest.raises(UserError, match="--port is 0"):
+        app.main(["--model", "model", "--port", "0"])
+
+
+def test_without_gradio_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'dreamlite_jax\[app\]'"):
+        app.main(["--model", "model"])
+
+
+# ------------------------------------------------------------------------------------------------ in a browser
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def address(folder, tmp_path_factory):
+    """The page, served by the command itself."""
+    pytest.importorskip("gradio", reason="gradio is not installed; it is the extra [app]")
+    log = tmp_path_factory.mktemp("log") / "app.log"
+    port = free_port()
+    command = [sys.executable, "-m", "dreamlite_jax.app", "--model", str(folder), "--port", str(port)]
+    environment = {**os.environ, "XLA_FLAGS": "", "no_proxy": "127.0.0.1,localhost"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed; it drives the browser")
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        pytest.skip("no chromium or no chromedriver; Debian's packages chromium and chromium-driver have them")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """What a person does on the page."""
+
+    def __init__(self, browser, address: str):
+        self.browser = browser
+        browser.get(address)
+        self.wait(lambda: self.find("#generate_button"))
+
+    def find(self, css: str):
+        return self.browser.find_elements("css selector", css)
+
+    def wait(self, condition):
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := condition()):
+            assert time.monotonic() < deadline, self.browser.find_element("tag name", "body").text
+            time.sleep(0.2)
+        return found
+
+    def write(self, name: str, text: str) -> None:
+        [box] = self.find(f"#{name} textarea, #{name} input[type=number]")
+        box.clear()
+        box.send_keys(text)
+
+    def press(self, name: str) -> None:
+        self.find(f"#{name}")[0].click()
+
+    def open_tab(self, label: str) -> None:
+        [tab] = [x for x in self.find("button[role=tab]") if x.text == label]
+        tab.click()
+
+    def pictures(self, name: str) -> list[str]:
+        """Addresses of the pictures in a gallery that have been loaded and have pixels."""
+        shown = self.find(f"#{name} img")
+        return [x.get_attribute("src") for x in shown if int(x.get_property("naturalWidth") or 0) > 0]
+
+    def messages(self) -> str:
+        return " ".join(x.text for x in self.find(".toast-body, .toast-wrap, [data-testid=toast-body]"))
+
+
+def fetch(url: str, path: Path) -> Image.Image:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        path.write_bytes(answer.read())
+    image = Image.open(path)
+    image.load()
+    return image
+
+
+def test_generate_and_edit_through_the_page(browser, address, source, tmp_path):
+    page = Page(browser, address)
+    page.write("generate_prompt", "a red heart")
+    page.write("generate_seed", "5")
+    page.press("generate_button")
+    [url] = page.wait(lambda: page.pictures("generate_gallery"))
+    image = fetch(url, tmp_path / "made.png")
+    settings = json.loads(image.text["dreamlite_jax"])
+    assert image.size == (16, 16) and np.asarray(image).std() > 0
+    assert (settings["prompt"], settings["seed"], settings["steps"]) == ("a red heart", 5, tiny.CONFIG.steps)
+
+    page.open_tab("Edit")
+    [upload] = page.find("#edit_source input[type=file]")
+    upload.send_keys(str(source))
+    page.wait(lambda: page.pictures("edit_source"))
+    page.write("edit_prompt", "make it blue")
+    page.press("edit_button")
+    [url] = page.wait(lambda: page.pictures("edit_gallery"))
+    edited = fetch(url, tmp_path / "edited.png")
+    assert json.loads(edited.text["dreamlite_jax"])["prompt"] == "make it blue"
+    assert np.abs(np.asarray(edited).astype(int) - np.asarray(image)).max() > 0
+    if keep := os.environ.get("DREAMLITE_SCREENSHOT"):
+        browser.save_screenshot(keep)
+
+
+def test_bad_input_is_said_on_the_page(browser, address):
+    page = Page(browser, address)
+    page.press("generate_button")
+    page.wait(lambda: "prompt is empty; task generate needs words" in page.messages())
+    page.open_tab("Edit")
+    page.write("edit_prompt", "make it blue")
+    page.press("edit_button")
+    page.wait(lambda: "there is no picture to edit; choose one first" in page.messages())
+    assert not re.search("Traceback", browser.page_source)
