@@ -85,6 +85,8 @@ def oracle(parts, name: str, prompts, sources=None, **options):
     import diffusers
     import torch
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: on busy cores several threads took fifteen times as long
     pipeline = getattr(diffusers, name)(**parts)
     pipeline.set_progress_bar_config(disable=True)
     latents, images, decode = [], [], pipeline.vae.decode
@@ -102,6 +104,7 @@ def oracle(parts, name: str, prompts, sources=None, **options):
             images.append(np.asarray(done.images[0]))
     finally:
         del pipeline.vae.decode
+        torch.set_num_threads(threads)
     return np.concatenate(latents), np.stack(images)
 
 
