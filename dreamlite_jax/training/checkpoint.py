@@ -58,9 +58,9 @@ class Checkpoints:
             )
         return meta
 
-    def restore(self, step: int, state: Any, iterator: Any) -> Any:
-        """The state at `step`, the iterator moved to its place; `state` gives shapes and shardings."""
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    def restore(self, step: int, shapes: Any, placement: Any, iterator: Any) -> Any:
+        """The state at `step` with these shapes, placed by `placement`'s shardings; the iterator moved to its place."""
+        shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore())
         )

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -20,6 +20,7 @@ from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.metrics import Clock, Metrics, duration
 
 
+@runtime_checkable
 class Stage(Protocol):
     """What a kind of training is to the loop."""
 
@@ -67,18 +68,19 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
     with jax.set_mesh(mesh):
         key = jax.random.key(config.seed)
         optimizer = optim.optimizer(config.optim, config.steps)
-        create = jax.jit(lambda params: train_state.create(params, optimizer))
-        state = create(stage.init_params(key))
-        placement = sharding.state_sharding(mesh, state)
-        state = jax.device_put(state, placement)
-        count = _count(state.params) / 1e6
+        shapes = jax.eval_shape(lambda key: train_state.create(stage.init_params(key), optimizer), key)
+        placement = sharding.state_sharding(mesh, shapes)
+        count = _count(shapes.params) / 1e6
         print(f"{config.stage}: {count:.2f} M parameters on {mesh.devices.size} device(s)", file=sys.stderr)
 
         # 2. Resume. In this order: state, iterator, then the metrics file is cut back to the restored step.
         iterator = iter(stage.dataset())
         if start:
-            state = checkpoints.restore(start, state, iterator)
+            state = checkpoints.restore(start, shapes, placement, iterator)
             print(f"resumed from step {start}", file=sys.stderr)
+        else:
+            create = jax.jit(lambda params: train_state.create(params, optimizer))
+            state = jax.device_put(create(stage.init_params(key)), placement)
         metrics = Metrics(workdir, start)
 
         # 3. The step, compiled before the first batch so that its time is known.

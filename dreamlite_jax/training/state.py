@@ -17,12 +17,12 @@ LossFn = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters, their moving average, the optimiser's state and the number of steps taken."""
+    """Parameters, their average, the optimiser's state and the number of steps taken: arrays, shapes or shardings."""
 
     params: Any
     ema: Any
     opt_state: Any
-    step: jax.Array
+    step: Any
 
 
 def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
