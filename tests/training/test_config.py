@@ -33,12 +33,12 @@ def test_overrides_reach_every_kind_of_field(file):
         "model.scheduler.max_shift=1",  # an integer where a float is meant
         "data.sources.0.path=/elsewhere",
         "data.sources.1.weight=2.5",  # a default of an entry
-        "model.unet.block_out_channels=(8, 24)",
+        "model.unet.block_out_channels=(24,)",
         "remat=True",
     )
     config = load_config(file, overrides)
     assert (config.steps, config.optim.learning_rate, config.optim.decay, config.mesh.fsdp) == (99, 3e-4, "cosine", 2)
-    assert config.model.unet.num_kv_heads is None and config.model.unet.block_out_channels == (8, 24)
+    assert config.model.unet.num_kv_heads is None and config.model.unet.block_out_channels == (24,)
     assert config.model.scheduler.max_shift == 1.0 and isinstance(config.model.scheduler.max_shift, float)
     assert config.data.sources[0].path == "/elsewhere" and config.data.sources[1].weight == 2.5 and config.remat is True
     assert load_config(file).steps == 12  # the file itself is as it was
@@ -64,9 +64,9 @@ def test_overrides_reach_every_kind_of_field(file):
         ("stage=gan", "config.stage is 'gan'; it must be one of 'flow_matching', 'vae'"),
         ("model=3", "config.model is 3"),
         ("model.unet.block_out_channels=(8, 'x')", r"block_out_channels\[1\] is 'x'"),
-        ("model.unet.block_out_channels=(8, 18)", "18 is not a multiple of norm_groups 4"),
+        ("model.unet.block_out_channels=(18,)", "18 is not a multiple of norm_groups 4"),
         ("model.unet.in_channels=8", "in_channels is 8; .*needs 4"),
-        ("model.unet.num_heads=(2,)", "num_heads has 1 entries; block_out_channels has 2"),
+        ("model.unet.num_heads=(2, 2)", "num_heads has 2 entries; block_out_channels has 1"),
         ("model.vae.latent_channels=5", "unet.out_channels is 4 but vae.latent_channels is 5"),
         ("steps=0", "config.steps is 0; it must be at least 1"),
         ("grid_items=0", "config.grid_items is 0"),
