@@ -1,4 +1,4 @@
-"""The compression ladder of the paper (figure 3), from SDXL's U-Net to the released one, and the rejected channel concat.
+"""The compression ladder of the paper (figure 3), from SDXL's U-Net to the released one, and channel concat.
 
     python -m dreamlite_jax.train --config configs/ladder.py:separable --workdir DIR --check
 

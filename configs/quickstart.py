@@ -4,7 +4,7 @@
     python -m dreamlite_jax.train --config configs/quickstart.py:edit  --workdir runs/quickstart/edit
     python -m dreamlite_jax.train --config configs/quickstart.py:joint --workdir runs/quickstart/joint
 
-Every field here is our choice: nothing of this size is published. What is the paper's: the stages and their order, panels
+Every field here is our choice: nothing of this size is published. The paper's are the stages and their order, panels
 side by side, logit-normal sigmas with the resolution's shift, region-weighted edits, 1:1 joint mixing.
 """
 
@@ -54,7 +54,7 @@ def get_config(argument: str = "t2i") -> ConfigDict:
 
 
 def model() -> ConfigDict:
-    """The full model's three levels and block kinds, narrow; self-attention one level higher, cheap on an 8x16 canvas."""
+    """The full model's levels and block kinds, narrow; self-attention one level higher, cheap on an 8x16 canvas."""
     return ConfigDict(
         {
             "unet": {

@@ -23,7 +23,7 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest
 from dreamlite_jax.training.config import PrecomputeConfig, load_config
 
-CHANGED = 8 / 255  # a pixel counts as changed when any channel differs by more than this share of its range
+CHANGED = 8  # a pixel counts as changed when any channel differs by more than this many of 255 levels
 
 
 class Encoder:
@@ -62,8 +62,9 @@ class Encoder:
         if editing:
             sources = pictures.to_float(np.stack([records[i]["source"] for i in editing]))
             source_latents = dict(zip(editing, self.latents(sources), strict=True))
-            for i, source in zip(editing, sources, strict=True):
-                differs = (np.abs(source - targets[i]) > 2 * CHANGED).any(-1)
+            for i in editing:
+                levels = np.abs(records[i]["source"].astype(np.int16) - records[i]["target"])
+                differs = (levels > CHANGED).any(-1)
                 changed[i] = pool(differs, self.config.downsampling)
         states = self.text.encode([PromptRequest(r["task"], r["text"]) for r in records])
         lengths = states.mask.sum(1).astype(int)
@@ -101,6 +102,7 @@ def precompute(config: PrecomputeConfig, output: Path, host: int = 0, hosts: int
     if not size.isdecimal():
         name = config.source.name
         raise UserError(f"config.source.name is {name!r}; it must be a data set and a size, such as t2i_64")
+    refuse_foreign(output)
     records = sprites.open_split(config.source.path, task, int(size), config.source.split)
     vae_file = vae_path(config.vae)
     made_of = {"config": to_dict(config), "vae_sha256": sha256(vae_file), "records": len(records)}
@@ -170,16 +172,18 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
+def refuse_foreign(output: Path) -> None:
+    """Raises `UserError` when the folder holds what precompute did not make."""
+    if not output.is_dir() or (output / "made_of.json").is_file():
+        return
+    if any(found.suffix != ".tmp" for found in output.iterdir()):
+        raise UserError(f"--output {output} is not empty and was not made by precompute; choose another folder")
+
+
 def refuse_other(output: Path, made_of: dict[str, Any]) -> None:
-    """Raises `UserError` when the folder holds something else, or the same made from other settings."""
-    if not output.exists():
-        return
+    """Raises `UserError` when the folder was made from other settings."""
     path = output / "made_of.json"
-    if not path.is_file():
-        if any(found.suffix != ".tmp" for found in output.iterdir()):
-            raise UserError(f"--output {output} is not empty and was not made by precompute; choose another folder")
-        return
-    if json.loads(path.read_text()) != json.loads(json.dumps(made_of)):
+    if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(made_of)):
         raise UserError(
             f"--output {output} was made with other settings (see {path}); choose another folder or remove it"
         )

@@ -8,7 +8,11 @@ o  output channels or width, where they differ from the input's
 Signatures are checked at run time in tests only (`tests/conftest.py` installs the checker).
 """
 
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import jax
+import numpy as np
+from jaxtyping import Float, Int, PRNGKeyArray
+
+Array = jax.Array | np.ndarray
 
 Image = Float[Array, "b H W 3"]
 Latent = Float[Array, "b h w c"]

@@ -162,7 +162,8 @@ def test_a_converted_folder_is_the_same_model(base, folders, tmp_path, one_devic
     assert converted.config == base.config
     jax.tree.map(np.testing.assert_array_equal, converted._params, base._params)
     for got, expected in zip(converted.encode_prompts(PROMPTS[:1]), base.encode_prompts(PROMPTS[:1]), strict=True):
-        np.testing.assert_array_equal(got, expected)
+        # Equal weights in another order of sums, since each model compiles its own sampler.
+        np.testing.assert_allclose(got, expected, atol=1e-5)
     shutil.rmtree(tmp_path / "ours" / "text_encoder")
     without = dreamlite_jax.load_model(tmp_path / "ours")
     with pytest.raises(UserError, match=r"ours has no text_encoder/config\.json; this model's prompts are encoded by"):

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-def per_sample(x: PerSample, like: Array) -> Array:
+def per_sample(x: Array, like: Array) -> Array:
     """(b,) with trailing axes, to broadcast against `like`."""
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 

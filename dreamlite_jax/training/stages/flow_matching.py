@@ -19,6 +19,7 @@ from dreamlite_jax.model_folder import load_config, load_params, load_vae, save_
 from dreamlite_jax.models.unet import UNet, dummy_inputs
 from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.training.config import TrainConfig
+from dreamlite_jax.types import Array
 
 SAMPLE_SEED = 1000  # of the first item of a grid; item i has SAMPLE_SEED + i
 
@@ -132,7 +133,7 @@ class FlowMatchingStage:
             )
         return pictures.stack(grids)
 
-    def _decode(self, latents: np.ndarray) -> np.ndarray:
+    def _decode(self, latents: Array) -> np.ndarray:
         vae = VAE(self.vae_config)
         return np.asarray(jax.jit(lambda z: vae.apply({"params": self.vae_params}, z, method="decode"))(latents))
 

@@ -1,0 +1,159 @@
+"""Sprites through precompute: what is in the shards, restarts, several hosts, other settings."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import tiny
+
+from dreamlite_jax import model_folder, precompute
+from dreamlite_jax.data import latents
+from dreamlite_jax.data.sprites import builder, render
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.models.vae import VAE
+from dreamlite_jax.pictures import to_float
+from dreamlite_jax.text import load
+from dreamlite_jax.text.encoder import PromptRequest
+
+COUNTS = {"train": 20, "validation": 8, "heldout": 8}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("precompute")
+    for task in builder.TASKS:
+        builder.prepare(folder / "data", task, 64, COUNTS)
+    tiny.write_vae(folder / "vae.safetensors")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick_encoder(monkeypatch):
+    monkeypatch.setattr(load, "load_encoder", lambda config: tiny.WordEncoder())
+
+
+def encode(root, output, *arguments, name="edit_64"):
+    overrides = {"source.path": root / "data", "vae": root / "vae.safetensors", "batch_size": 5, "shard_size": 8}
+    overrides = [f"--config.{key}={value}" for key, value in overrides.items()]
+    argv = ["--config", f"configs/precompute.py:{name}", "--output", str(output), *overrides, *arguments]
+    assert precompute.main(argv) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def edits(root):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "load_encoder", lambda config: tiny.WordEncoder())
+        return encode(root, root / "edit")
+
+
+def examples(folder):
+    records = latents.open_examples(folder)
+    return [latents.unpack(records[i]) for i in range(len(records))]
+
+
+def stamps(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.array_record")}
+
+
+@pytest.mark.parametrize("task", ["t2i", "edit"])
+def test_shards_hold_each_record_encoded(root, edits, task):
+    folder = edits if task == "edit" else encode(root, root / "t2i", name="t2i_64")
+    source = builder.open_split(root / "data", task, 64, "train")
+    records, found = [builder.decode(source[i]) for i in range(len(source))], examples(folder)
+    assert [e.id for e in found] == [r["id"] for r in records]
+    config, params = model_folder.load_vae(root / "vae.safetensors")
+
+    def encoded(pictures):
+        return np.asarray(VAE(config).apply({"params": params}, to_float(np.stack(pictures)), method="encode"))
+
+    targets = encoded([r["target"] for r in records])
+    for example, record, target in zip(found, records, targets, strict=True):
+        assert (example.task, example.text, example.size) == (record["task"], record["text"], (64, 64))
+        np.testing.assert_allclose(example.target, target, rtol=2e-3, atol=1e-3)
+        states = tiny.WordEncoder().encode([PromptRequest(record["task"], record["text"])])
+        expected = states.states[0, : int(states.mask[0].sum())]
+        np.testing.assert_allclose(example.states, expected, rtol=1e-3, atol=1e-3)
+    if task == "t2i":
+        assert all(e.source is None and e.changed is None for e in found)
+        return
+    sources = encoded([r["source"] for r in records])
+    for example, record, given in zip(found, records, sources, strict=True):
+        np.testing.assert_allclose(example.source, given, rtol=2e-3, atol=1e-3)
+        region = render.changed_region(record["source_scene"], record["scene"], 64)
+        share = region.reshape(16, 4, 16, 4).mean((1, 3))
+        np.testing.assert_allclose(example.changed, share, atol=1e-3)
+        assert share.mean() > 0
+
+
+def test_the_folder_says_what_it_is(edits):
+    info = latents.read_info(edits)
+    assert info["shards"] == 3 and info["records"] == 20 and info["config"]["source"]["name"] == "edit_64"
+    assert info["vae"]["width"] == tiny.CONFIG.vae.width
+    np.testing.assert_allclose(info["null_states"], [tiny.WordEncoder().state("")], rtol=1e-6)
+
+
+def test_a_restart_makes_only_what_is_missing(edits, capsys):
+    before, content = stamps(edits), contents(edits)
+    encode(edits.parent, edits)
+    assert "complete, 20 records" in capsys.readouterr().err and stamps(edits) == before
+    latents.shard_path(edits, 1, 3).unlink()
+    (edits / "info.json").unlink()
+    encode(edits.parent, edits)
+    after = stamps(edits)
+    kept = [latents.shard_path(edits, i, 3).name for i in (0, 2)]
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert contents(edits) == content and after.keys() == before.keys()
+
+
+def test_hosts_side_by_side_make_what_one_makes(root, edits):
+    output = encode(root, root / "two", "--host", "1", "--hosts", "2")
+    assert list(contents(output)) == ["latents-00001-of-00003.array_record"] and not (output / "info.json").exists()
+    encode(root, output, "--host", "0", "--hosts", "2")
+    assert contents(output) == contents(edits) and latents.read_info(output) == latents.read_info(edits)
+
+    failures, together = [], root / "together"
+
+    def work(host):
+        try:
+            encode(root, together, "--host", str(host), "--hosts", "3")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(host,)) for host in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and contents(together) == contents(edits)
+    assert sorted(stamps(together)) == sorted(stamps(edits))
+
+
+def test_other_settings_and_other_folders_are_refused(root, edits, tmp_path):
+    with pytest.raises(UserError, match="made with other settings"):
+        encode(root, edits, "--config.source.split=validation")
+    other = tiny.write_vae(tmp_path / "other.safetensors")
+    model_folder.save_vae(other, tiny.CONFIG.vae, tiny.vae_params(seed=1), {})
+    with pytest.raises(UserError, match="made with other settings"):
+        encode(root, edits, f"--config.vae={other}")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match=r"mine is not empty and was not made by precompute"):
+        encode(root, tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_a_text_that_is_too_long_leaves_no_shard(root, tmp_path, monkeypatch):
+    def refusing(self, requests, length=None):
+        raise UserError("the prompt has 99 tokens and the limit is 64")
+
+    monkeypatch.setattr(tiny.WordEncoder, "encode", refusing)
+    with pytest.raises(UserError, match="99 tokens"):
+        encode(root, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["made_of.json"]
+    assert json.loads((tmp_path / "out" / "made_of.json").read_text())["records"] == 20
