@@ -1,5 +1,6 @@
 """The launch scripts: clean shell, and a quick start whose finished steps are skipped."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,7 +33,11 @@ def launched(tmp_path):
         log.write_text("")
         recorder.write_text(f'#!/bin/sh\necho "$*" >> {log}\ncase "$*" in *"{fail}"*) exit 1;; esac\n')
         recorder.chmod(0o755)
-        done = subprocess.run(["bash", tmp_path / "launch" / "quickstart.sh"], capture_output=True, cwd=tmp_path)
+        # Its own environment folder, not the one that these tests may run in.
+        env = {**os.environ, "DREAMLITE_VENV": str(tmp_path / ".venv")}
+        done = subprocess.run(
+            ["bash", tmp_path / "launch" / "quickstart.sh"], capture_output=True, cwd=tmp_path, env=env
+        )
         return done.returncode, [line for line in log.read_text().splitlines() if " pip " not in line]
 
     return run
