@@ -60,6 +60,7 @@ def audit(path: str | Path) -> Audit:
     """
     counts: collections.Counter[str] = collections.Counter()
     faults: dict[str, None] = {}  # in order, each once
+    unpacked: set[str] = set()  # constants that are stored in fewer bits
     for operation in operations(path):
         counts[operation.kind] += 1
         where = f"in {operation.layer}"
@@ -74,7 +75,10 @@ def audit(path: str | Path) -> Audit:
                 faults[f"{operation.kind} has a tensor of {tensor.dtype}, {where}"] = None
             if tensor.dynamic:
                 faults[f"{operation.kind} has a tensor without a static shape, {where}"] = None
-        if operation.kind in WEIGHTED and not operation.inputs[1].constant:
+        if operation.kind == "DEQUANTIZE" and operation.inputs[0].constant:
+            unpacked.add(operation.outputs[0].name)
+        weights = operation.inputs[1] if operation.kind in WEIGHTED else None
+        if weights and not weights.constant and weights.name not in unpacked:
             faults[f"{operation.kind} has weights that are computed at run time, {where}"] = None
     return Audit(Path(path).stat().st_size, dict(counts.most_common()), tuple(faults))
 
@@ -129,9 +133,17 @@ def read_metadata(path: str | Path, name: str = "dreamlite") -> dict[str, Any]:
     for i in range(model.MetadataLength()):
         entry = model.Metadata(i)
         if entry.Name() == name.encode():
-            data = model.Buffers(entry.Buffer()).DataAsNumpy().tobytes()
-            return json.loads(data.rstrip(b"\0"))
+            return json.loads(_buffer_bytes(path, model.Buffers(entry.Buffer())).rstrip(b"\0"))
     raise UserError(f"{path} has no metadata {name!r}; it must be a file written by conversion.to_litert")
+
+
+def _buffer_bytes(path: str | Path, buffer: Any) -> bytes:
+    """Content of a buffer, which large files keep behind the flatbuffer."""
+    if buffer.DataLength():
+        return buffer.DataAsNumpy().tobytes()
+    with Path(path).open("rb") as file:
+        file.seek(buffer.Offset())
+        return file.read(buffer.Size())
 
 
 def random_input(port: dict[str, Any], seed: int) -> np.ndarray:

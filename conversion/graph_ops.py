@@ -4,9 +4,11 @@ They compute what `dreamlite_jax.models.blocks` computes, from the same weights 
 kernels (out, in), convolutions (out, h, w, in), so that the converter has no large constants to transpose.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -74,6 +76,30 @@ def _leaf(array: np.ndarray, key: str, module: str) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
+# --- norms and softmax as single operations, for formats that have them
+
+_MARK_NATIVE: contextvars.ContextVar[bool] = contextvars.ContextVar("mark_native", default=False)
+
+
+@contextlib.contextmanager
+def marked_native() -> Iterator[None]:
+    """While tracing in here, norms and softmax are composites "native.…" around their arithmetic.
+
+    LiteRT gets the arithmetic: its GPU accelerator does not take norm composites and finds softmax by itself.
+    """
+    token = _MARK_NATIVE.set(True)
+    try:
+        yield
+    finally:
+        _MARK_NATIVE.reset(token)
+
+
+def _native(name: str, function: Callable[..., Array], *args: Array, **attributes: Any) -> Array:
+    if not _MARK_NATIVE.get():
+        return function(*args)
+    return jax.lax.composite(lambda *args, **_: function(*args), f"native.{name}")(*args, **attributes)
+
+
 # --- layers
 
 
@@ -109,23 +135,32 @@ def separable_conv(node: Node, x: Array) -> Array:
 @scoped
 def group_norm(node: Node, x: Array, groups: int, eps: float) -> Array:
     b, h, w, c = x.shape
-    y = x.reshape(b, h * w, groups, c // groups)
-    y = y - y.mean((1, 3), keepdims=True)
-    y = y * jax.lax.rsqrt((y * y).mean((1, 3), keepdims=True) + eps)
-    return y.reshape(b, h, w, c) * node["scale"] + node["bias"]
+
+    def normalise(x: Array, scale: Array, bias: Array) -> Array:
+        y = x.reshape(b, h * w, groups, c // groups)
+        y = y - y.mean((1, 3), keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean((1, 3), keepdims=True) + eps)
+        return y.reshape(b, h, w, c) * scale + bias
+
+    return _native("group_norm", normalise, x, node["scale"], node["bias"], groups=groups, eps=eps)
 
 
 @scoped
 def layer_norm(node: Node, x: Array, eps: float = blocks.TOKEN_NORM_EPS) -> Array:
-    y = x - x.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
-    return y * node["scale"] + node["bias"]
+    def normalise(x: Array, scale: Array, bias: Array) -> Array:
+        y = x - x.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
+        return y * scale + bias
+
+    return _native("layer_norm", normalise, x, node["scale"], node["bias"], eps=eps)
 
 
 @scoped
 def rms_norm(node: Node, x: Array) -> Array:
-    y = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + blocks.TOKEN_NORM_EPS)
-    return y * node["scale"]
+    def normalise(x: Array, scale: Array) -> Array:
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + blocks.TOKEN_NORM_EPS) * scale
+
+    return _native("rms_norm", normalise, x, node["scale"], eps=blocks.TOKEN_NORM_EPS)
 
 
 def silu(x: Array) -> Array:
@@ -188,4 +223,5 @@ def _attend_rows(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     scores = jax.lax.dot_general(q, k, (((last,), (last,)), (batch, batch)))
     if bias is not None:
         scores = scores + bias
-    return jax.lax.dot_general(jax.nn.softmax(scores, -1), v, (((last,), (last - 1,)), (batch, batch)))
+    weights = _native("softmax", functools.partial(jax.nn.softmax, axis=-1), scores)
+    return jax.lax.dot_general(weights, v, (((last,), (last - 1,)), (batch, batch)))

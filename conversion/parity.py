@@ -47,7 +47,7 @@ FLOORS = {
     "fp16": Floor(2e-2, 5e-3, 38.0),
     "int8_dynamic": Floor(np.inf, 0.2, 25.0),
     "int8_static": Floor(np.inf, 0.2, 30.0),
-    "int4_weights": Floor(np.inf, 0.4, 20.0),
+    "int4_weights": Floor(np.inf, 0.5, 20.0),
 }
 
 

@@ -1,12 +1,13 @@
 """Named recipes that turn a float32 .tflite file into a smaller one, by ai-edge-quantizer.
 
-fp16          weights in half precision, computed in float.
+fp16          weights in half precision, computed in float. The text encoder's embedding table stays float32.
 int8_dynamic  weights int8 per channel, symmetric; activations quantised at run time. No calibration.
 int8_static   W8A8: weights int8 per channel, activations int8, only in matmuls and convolutions. Both embedding MLPs,
               first and last convolution, every norm and softmax stay in float (recipe of the model's author).
               Calibrated on what the sampler itself visits; weights clipped by least squared error, the clipping of
               activations searched on samples that calibration did not see.
-int4_weights  the text encoder's dense weights int4 in blocks of 32, its embedding table int8; the rest as fp16.
+int4_weights  the text encoder's dense weights int4 in blocks of 32, its embedding table int8, activations quantised at
+              run time; the other components as fp16.
 """
 
 import contextlib
@@ -43,6 +44,13 @@ CALIBRATION_PROMPTS = (
 )
 CALIBRATION_EDITS = ("make the background green", "remove the star", "turn it into a pencil drawing")
 
+# What a target is known to refuse, so that nobody converts for an hour to learn it.
+REFUSED = {
+    ("gpu", "int4_weights"): "the GPU accelerator ends on dense weights in blocks of 4 bits; use fp16 or int8_dynamic",
+    ("npu", "int8_dynamic"): "NPUs do not quantise activations at run time; use int8_static or fp16",
+    ("npu", "int4_weights"): "NPUs do not quantise activations at run time; use int8_static or fp16",
+}
+
 Inputs = dict[str, np.ndarray]
 
 
@@ -66,6 +74,12 @@ class Samples:
 
     def _at(self, index: Sequence[int]) -> "Samples":
         return Samples([self.inputs[i] for i in index], [self.outputs[i] for i in index])
+
+
+def check_target(recipe: Recipe, target: str) -> None:
+    """Raises `UserError` for a recipe that the target is known to refuse."""
+    if (target, recipe) in REFUSED:
+        raise UserError(f"--recipe {recipe} with --target {target}: {REFUSED[target, recipe]}")
 
 
 def visit(folder: Path, prompts: Sequence[str] = CALIBRATION_PROMPTS, steps: int | None = None) -> dict[str, Samples]:
@@ -126,17 +140,20 @@ def _add_weights_only(quantizer: Any, component: str, recipe: Recipe) -> None:
     """Recipes that need no calibration."""
     from ai_edge_quantizer import algorithm_manager, qtyping
 
-    everything = qtyping.TFLOperationName.ALL_SUPPORTED
+    names = qtyping.TFLOperationName
     algorithm, blocks = algorithm_manager.AlgorithmName, qtyping.QuantGranularity
     if recipe in ("int8_dynamic", "int8_static"):
-        quantizer.add_dynamic_config(".*", everything, 8)
+        quantizer.add_dynamic_config(".*", names.ALL_SUPPORTED, 8)
     elif recipe == "int4_weights" and component == "text":
-        quantizer.add_weight_only_config(".*", qtyping.TFLOperationName.EMBEDDING_LOOKUP, 8)
-        quantizer.add_weight_only_config(
-            ".*", qtyping.TFLOperationName.FULLY_CONNECTED, 4, granularity=blocks.BLOCKWISE_32
+        quantizer.add_dynamic_config(".*", names.EMBEDDING_LOOKUP, 8)
+        quantizer.add_dynamic_config(
+            ".*", names.FULLY_CONNECTED, 4, granularity=blocks.BLOCKWISE_32, algorithm_key=algorithm.OCTAV
         )
     else:
-        quantizer.add_weight_only_config(".*", everything, 16, algorithm_key=algorithm.FLOAT_CASTING)
+        # GPUs refuse a half precision table behind EMBEDDING_LOOKUP, and 8 bits lose twenty times what the rest loses.
+        kinds = [names.FULLY_CONNECTED] if component == "text" else [names.ALL_SUPPORTED]
+        for kind in kinds:
+            quantizer.add_weight_only_config(".*", kind, 16, algorithm_key=algorithm.FLOAT_CASTING)
 
 
 def _static(source: Path, target: Path, calibration: Samples, held_out: Samples, kept: str) -> dict[str, Any]:

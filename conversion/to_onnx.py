@@ -1,0 +1,162 @@
+"""Converts a model folder to ONNX: python -m conversion.to_onnx --model DIR --output DIR.
+
+The same graphs as the LiteRT ones: inputs, outputs and their order are those of README.md here. Each file is run by
+onnxruntime beside the JAX model before the folder appears; a floor that is missed makes the exit code 1.
+"""
+
+import argparse
+import collections
+import dataclasses
+import gc
+import importlib.metadata
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamlite_jax import cli
+from dreamlite_jax.config import ModelConfig
+
+from .runtime import peak_memory_bytes
+from .to_litert import exportable, load, model_of
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    from .graph import COMPONENTS
+    from .onnx import OPSETS
+
+    parser = argparse.ArgumentParser(prog="python -m conversion.to_onnx", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="model folder, or the workdir of a training run")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not be in use")
+    parser.add_argument("--component", choices=(*COMPONENTS, "all"), default="all")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
+    parser.add_argument("--opset", type=int, default=OPSETS[1], help=f"{OPSETS[0]} to {OPSETS[1]}")
+    parser.add_argument("--height", type=int, help="pixels of one panel; default: the model's native size")
+    parser.add_argument("--width", type=int, help="likewise")
+    parser.add_argument("--text_length", type=int, help="tokens; default: the longest the model was trained with")
+    parser.add_argument("--batch", type=int, default=1)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    from dreamlite_jax import model_folder
+    from dreamlite_jax.models import minilm
+
+    from .graph import Sizes
+
+    model = model_of(args.model)
+    config = model_folder.load_config(model)
+    sizes = Sizes(
+        args.height or config.native_size,
+        args.width or config.native_size,
+        config.text.max_length if args.text_length is None else args.text_length,
+        args.batch,
+    )
+    sizes.check(config)
+    rows = {}
+    with model_folder.new_folder(args.output) as folder:
+        for component in exportable(config) if args.component == "all" else (args.component,):
+            rows[component] = convert_one(component, model, config, sizes, folder, args.opset, args.precision)
+            gc.collect()
+        if "text" in rows:
+            shutil.copyfile(minilm.minilm_file("tokenizer.json"), folder / "tokenizer.json")
+        report = {
+            "components": rows,
+            "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+            "versions": {
+                "python": sys.version.split()[0],
+                **{name: importlib.metadata.version(name) for name in ("jax", "flax", "onnx", "onnxruntime", "numpy")},
+            },
+            "passed": all(row["parity"]["passed"] for row in rows.values()),
+        }
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    print(table(rows))
+    print(f"{args.output}: {'all floors reached' if report['passed'] else 'A FLOOR WAS MISSED, see report.json'}")
+    return 0 if report["passed"] else 1
+
+
+def convert_one(
+    component: str, model: Path, config: ModelConfig, sizes: Any, folder: Path, opset: int, precision: str
+) -> dict[str, Any]:
+    """One component: its file (and its weights file when large) in `folder`, and its part of the report."""
+    from . import graph, litert, onnx
+
+    begin = time.perf_counter()
+    params, text = load(component, model, config)
+    built = graph.build(component, config, params, sizes, text)
+    litert.check_resources(built, folder)
+    path = folder / f"{component}.onnx"
+    ports = {"inputs": litert.describe(built.inputs), "outputs": litert.describe([built.output])}
+    metadata = {"component": component, "precision": precision, "sizes": dataclasses.asdict(sizes), **ports}
+    onnx.export(built, path, opset=opset, precision=precision, metadata=json.dumps(metadata))
+    del built, params
+    seconds = time.perf_counter() - begin
+    return {
+        "file": path.name,
+        "file_bytes": sum(file.stat().st_size for file in folder.glob(f"{path.name}*")),
+        "seconds": seconds,
+        "ops": count_operations(path),
+        "parity": dataclasses.asdict(compare(component, model, config, sizes, path, precision)),
+        "peak_memory_bytes": peak_memory_bytes(),
+        **ports,
+    }
+
+
+def count_operations(path: Path) -> dict[str, int]:
+    """Nodes by kind."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    return dict(collections.Counter(node.op_type for node in model.graph.node).most_common())
+
+
+def compare(component: str, model: Path, config: ModelConfig, sizes: Any, path: Path, precision: str) -> Any:
+    """The file under onnxruntime beside the flax module, on the random inputs of `parity`."""
+    from . import parity
+
+    params, text = load(component, model, config)
+    cases = [
+        parity.case(component, config, sizes, text.vocab_size if text else 0, seed) for seed in range(parity.CASES)
+    ]
+    run = parity.reference(component, config, params, text)
+    wanted = [run(*case.model) for case in cases]
+    del params, run
+    session = open_session(path)
+    found = [session.run(None, case.graph)[0] for case in cases]
+    if component == "text":
+        keep = [case.model[1][..., None] for case in cases]
+        wanted, found = ([x * k for x, k in zip(xs, keep, strict=True)] for xs in (wanted, found))
+    return parity.measure(wanted, [np.asarray(x) for x in found], parity.FLOORS[precision])
+
+
+def open_session(path: Path, threads: int = 0) -> Any:
+    """An onnxruntime session on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def table(rows: dict[str, Any]) -> str:
+    """One line a component."""
+    lines = [
+        f"{'component':<12} {'MB':>8} {'nodes':>6} {'seconds':>8} {'peak GB':>8} {'max abs':>9} {'rel rms':>9}  floor"
+    ]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:<12} {row['file_bytes'] / 1e6:8.1f} {sum(row['ops'].values()):6d} {row['seconds']:8.1f} "
+            f"{row['peak_memory_bytes'] / 1e9:8.2f} {row['parity']['max_abs']:9.1e} "
+            f"{row['parity']['relative_rms']:9.1e}  {'ok' if row['parity']['passed'] else 'MISSED'}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
