@@ -133,9 +133,18 @@ def component_report(wanted: Mapping[str, TorchTensor], values: Mapping[str, np.
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """report.json of a conversion, completed by versions and peak memory."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    full = {**report, "versions": versions(), "peak_memory_bytes": peak}
+    full = {**report, "versions": versions(), "peak_memory_bytes": peak_memory()}
     (folder / "report.json").write_text(json.dumps(full, indent=2) + "\n", "utf-8")
+
+
+def peak_memory() -> int:
+    """Most resident memory this process had, bytes. Linux's own `ru_maxrss` would begin with that of the parent."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        if "VmHWM" in lines:
+            return 1024 * int(lines["VmHWM"].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def versions() -> dict[str, str]:
