@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exportable(config: ModelConfig) -> tuple[str, ...]:
-    """Every component of a model that has an export form: all four, or all but a text encoder of billions of weights."""
+    """Every component of a model that has an export form: all four, or all but a text encoder of billions."""
     from .graph import COMPONENTS
 
     if config.text.encoder == "minilm":
