@@ -15,8 +15,8 @@ from PIL import Image
 
 from dreamlite_jax import pictures
 from dreamlite_jax.data.sprites import builder
-from dreamlite_jax.data.sprites.render import changed_region, render
-from dreamlite_jax.data.sprites.scenes import neighbours
+from dreamlite_jax.data.sprites.render import box, changed_region, render
+from dreamlite_jax.data.sprites.scenes import disguises, neighbours
 from dreamlite_jax.model import Model
 
 CHANCE = 1 / 8
@@ -109,8 +109,9 @@ def score_generation(items: list[builder.Sample], made: np.ndarray, protocol: Pr
 
 
 def score_edits(items: list[builder.Sample], made: np.ndarray, protocol: Protocol) -> dict[str, Any]:
-    """edit_gain and unchanged_psnr, with the gain by operation."""
-    gain, kept, gained_items = [], [], []
+    """edit_gain, unchanged_psnr and objects_kept, with the gain by operation."""
+    rng = np.random.default_rng(protocol.seed)
+    gain, kept, gained_items, objects = [], [], [], []
     for item, result in zip(items, made, strict=True):
         source, target = render(item.source, protocol.size), render(item.target, protocol.size)
         region = changed_region(item.source, item.target, protocol.size)
@@ -120,11 +121,25 @@ def score_edits(items: list[builder.Sample], made: np.ndarray, protocol: Protoco
         if not region.all():
             psnr = pictures.psnr(result[~region], source[~region], value_range=255.0)
             kept.append(min(psnr, PSNR_CAP))
+        objects += kept_objects(item, result, rng, protocol.size)
     return {
         "edit_gain": float(np.mean(gain)),
         "unchanged_psnr": float(np.mean(kept)),
+        "objects_kept": float(np.mean(objects)),
         "gain_by_operation": by_tag(gained_items, gain),
     }
+
+
+def kept_objects(item: builder.Sample, result: np.ndarray, rng: np.random.Generator, size: int) -> list[bool]:
+    """For each object that the edit leaves alone, whether its square of `result` shows it and none of seven others."""
+    found = []
+    for kept in (o for o in item.target.objects if o in item.source.objects):
+        left, top, side = box(kept, size)
+        square = (slice(top, top + side), slice(left, left + side))
+        scenes = disguises(item.target, kept)
+        others = [render(scenes[i], size)[square] for i in rng.permutation(len(scenes))[:7]]
+        found.append(nearest(result[square], render(item.target, size)[square], others))
+    return found
 
 
 def by_tag(items: list[builder.Sample], right: list[bool]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dreamlite_jax.data.sprites import builder
 from dreamlite_jax.data.sprites.render import changed_region, render
+from dreamlite_jax.data.sprites.scenes import disguises
 from dreamlite_jax.evals import sprites
 from dreamlite_jax.evals.sprites import Protocol
 
@@ -84,7 +85,7 @@ def test_a_tie_is_no_success():
 def test_the_exact_edit_gets_full_marks(edits):
     target, source = pictures_of(edits), pictures_of(edits, "source")
     scores = sprites.score_edits(edits, target, PROTOCOL)
-    assert scores["edit_gain"] == 1.0 and scores["unchanged_psnr"] > 45
+    assert scores["edit_gain"] == scores["objects_kept"] == 1.0 and scores["unchanged_psnr"] > 45
     assert set(scores["gain_by_operation"]) == {edit.tag for edit in edits}
     region = np.stack([changed_region(edit.source, edit.target, 64) for edit in edits])
     pasted = np.where(region[..., None], target, source)
@@ -98,7 +99,18 @@ def test_the_untouched_source_gains_nothing(edits):
 
 def test_noise_neither_edits_nor_keeps(edits):
     scores = sprites.score_edits(edits, noise(), PROTOCOL)
-    assert scores["edit_gain"] < 0.4 and scores["unchanged_psnr"] < 12
+    assert scores["edit_gain"] < 0.4 and scores["unchanged_psnr"] < 12 and scores["objects_kept"] < 0.35
+
+
+def test_an_object_that_another_replaced_is_not_kept(edits):
+    """One object that the edit should leave alone becomes another one; all else is right."""
+    spoilt = [next((o for o in edit.target.objects if o in edit.source.objects), None) for edit in edits]
+    chosen = [i for i, found in enumerate(spoilt) if found and len(edits[i].target.objects) == 2][:20]
+    made = [render(disguises(edits[i].target, spoilt[i])[0], 64) for i in chosen]
+    right = [render(edits[i].target, 64) for i in chosen]
+    for pictures, least, most in ((made, 0.0, 0.75), (right, 1.0, 1.0)):
+        found = sprites.score_edits([edits[i] for i in chosen], np.stack(pictures), PROTOCOL)["objects_kept"]
+        assert least <= found <= most
 
 
 def test_the_change_must_be_in_the_right_place(edits):

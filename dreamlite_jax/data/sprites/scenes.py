@@ -206,14 +206,24 @@ def _variants(scene: Scene) -> tuple[list[Scene], ...]:
         swap = lambda others=others, item=item, **field: dataclasses.replace(  # noqa: E731
             scene, objects=(*others, dataclasses.replace(item, **field))
         )
-        names = catalog.RECOLOURABLE if item.kind.recolourable else catalog.NATURAL
-        by_name += [swap(name=name) for name in names if name != item.name]
+        by_name += disguises(scene, item)
         if item.kind.recolourable and not scene.greyscale:
             by_colour += [swap(colour=colour) for colour in catalog.COLOURS if colour != item.colour]
         if item.size != "large":
             free = free_positions(tuple(o.position for o in others))
             by_place += [swap(position=place) for place in free if place != item.position]
     return by_name, by_colour, by_place
+
+
+def disguises(scene: Scene, item: Object) -> list[Scene]:
+    """Scenes in which another object stands in the place of `item`, at its size and, if it can be, in its colour."""
+    others = tuple(o for o in scene.objects if o != item)
+    names = catalog.RECOLOURABLE if item.kind.recolourable else catalog.NATURAL
+    return [
+        dataclasses.replace(scene, objects=(*others, dataclasses.replace(item, name=name)))
+        for name in names
+        if name != item.name
+    ]
 
 
 def neighbours(scene: Scene, rng: np.random.Generator, n: int) -> list[Scene]:
