@@ -31,24 +31,93 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FieldsConfig:
+    """What the fields of a source's records are called; parts of a nested one are joined by dots.
+
+    A record with an `image` and a `caption` is one to generate; one with `source`, `instruction` and `target` is an
+    edit. A `mask` (white where the edit changes the picture) and an `id` are used where there are any. Of a list, such
+    as five captions of a picture, the first entry counts.
+    """
+
+    image: str = "image"
+    caption: str = "caption"
+    source: str = "source"
+    instruction: str = "instruction"
+    target: str = "target"
+    mask: str = "mask"
+    id: str = "id"
+
+
+@dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source of a mixture: a folder of precomputed latents, or a split of data set `name` (t2i_64, …) in it."""
+    """One source of a mixture.
+
+    What `path`, `name` and `split` mean depends on `kind`:
+      latents: `path` is a folder that `precompute` wrote.
+      sprites: data set `name` (t2i_64, edit_64, …), split `split`, in `path`.
+      tfds: split `split` of tensorflow-datasets' `name` (such as coco_captions:1.1.0), as ArrayRecord in `path`.
+      array_record: the shards *.array_record in folder `path` whose names begin with `name`, of msgpack maps.
+      folder: pictures in folder `path`, and its file `name` (default: metadata.jsonl) with one JSON object a line.
+    An empty kind means sprites where there is a `name`, else latents.
+    """
 
     path: str
     weight: float = 1.0
     name: str = ""
     split: str = "train"
+    kind: Literal["", "latents", "sprites", "tfds", "array_record", "folder"] = ""
+    fields: FieldsConfig = FieldsConfig()
+    changed_levels: int = 8  # of 255: an edit without a mask changes the pixels that differ by more than this
+
+    @property
+    def form(self) -> str:
+        """The kind, spelt out."""
+        return self.kind or ("sprites" if self.name else "latents")
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketConfig:
+    """Sizes that raw pictures are resized and cropped to: about `size`² pixels in area, at most `max_ratio` : 1.
+
+    Sides are multiples of `multiple`. A `max_ratio` of 1 leaves the square alone; a `size` of 0 is the sprites' own.
+    """
+
+    size: int = 0
+    multiple: int = 32
+    max_ratio: float = 1.0
+
+    def __post_init__(self):
+        if self.multiple < 1:
+            raise UserError(f"config.buckets.multiple is {self.multiple}; it must be at least 1 pixel")
+        if self.size < 0 or self.size % self.multiple:
+            near = max(1, round(self.size / self.multiple)) * self.multiple
+            raise UserError(
+                f"config.buckets.size is {self.size}; it must be a multiple of config.buckets.multiple "
+                f"{self.multiple}, such as {near}"
+            )
+        if not self.max_ratio >= 1:
+            raise UserError(f"config.buckets.max_ratio is {self.max_ratio}; it must be at least 1 (squares alone)")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What a stage reads. `batch_size` is the global batch over all hosts."""
+    """What a stage reads. `batch_size` is the global batch over all hosts.
+
+    `encode` says who turns pictures and words into latents and states: "precomputed" reads folders of `precompute`,
+    "on_device" reads raw sources and encodes each batch with the frozen autoencoder and text encoder.
+    Raw pictures are decoded by `threads`, or, when it is above 0, by `processes` of their own.
+    Records that cannot be used are replaced and logged; above a `max_bad_fraction` of those read the run stops.
+    """
 
     sources: tuple[SourceConfig, ...]
     batch_size: int
     validation: tuple[SourceConfig, ...] = ()
     text_length: int = 64
     threads: int = 2
+    processes: int = 0
+    encode: Literal["precomputed", "on_device"] = "precomputed"
+    buckets: BucketConfig = BucketConfig()
+    max_bad_fraction: float = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +158,12 @@ def at_least_one(config: Any, where: str, names: Sequence[str]) -> None:
             raise UserError(f"config.{where}{name} is {getattr(config, name)}; it must be at least 1")
 
 
+def check_share(where: str, value: float) -> None:
+    """Raises `UserError` unless the value is a share."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{where} is {value}; it must be a share from 0 to 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One stage of training.
@@ -126,22 +201,26 @@ class TrainConfig:
             if not source.weight > 0:
                 raise UserError(f"config.data.sources[{i}].weight is {source.weight}; it must be above 0")
         for name in ("text_drop", "image_drop"):
-            if not 0 <= getattr(self.flow, name) <= 1:
-                raise UserError(f"config.flow.{name} is {getattr(self.flow, name)}; it must be a share from 0 to 1")
+            check_share(f"config.flow.{name}", getattr(self.flow, name))
+        check_share("config.data.max_bad_fraction", self.data.max_bad_fraction)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrecomputeConfig:
-    """What `precompute` encodes: one split of one data set, with one autoencoder and one text encoder."""
+    """What `precompute` encodes: one raw source, with one autoencoder and one text encoder."""
 
     source: SourceConfig
     vae: str = ""
     text: TextConfig = TextConfig()  # noqa: RUF009 (frozen)
     batch_size: int = 64
     shard_size: int = 4096
+    buckets: BucketConfig = BucketConfig()
+    max_bad_fraction: float = 0.01
+    threads: int = 2
 
     def __post_init__(self):
-        at_least_one(self, "", ("batch_size", "shard_size"))
+        at_least_one(self, "", ("batch_size", "shard_size", "threads"))
+        check_share("config.max_bad_fraction", self.max_bad_fraction)
 
 
 ConfigT = TypeVar("ConfigT", TrainConfig, PrecomputeConfig)
