@@ -1,5 +1,6 @@
 """Scores a model: python -m dreamlite_jax.evaluate --model DIR --benchmark sprites --output DIR [--split SPLIT …]."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", nargs="+", default=["validation"], choices=["validation", "heldout"])
     parser.add_argument("--task", nargs="+", default=["generate", "edit"], choices=["generate", "edit"])
     parser.add_argument("--items", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, help="default: 12, or the model's own where it was made for fewer")
+    parser.add_argument("--guidance_scale", type=float, help="default: the model's own; 1 or less: none")
+    parser.add_argument("--image_guidance_scale", type=float, help="default: the model's own")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.items < 8:
         raise UserError(f"--items is {args.items}; retrieval among 8 needs at least 8")
-    if args.steps < 1:
+    if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps is {args.steps}; it must be at least 1")
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UserError(f"--output {args.output} is not an empty folder; choose another")
@@ -32,10 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dreamlite_jax.model_folder import new_folder
 
     model = load_model(args.model)
+    given = {name: getattr(args, name) for name in ("guidance_scale", "image_guidance_scale")}
+    given = {name: value for name, value in given.items() if value is not None}
+    model.config = dataclasses.replace(model.config, **given)
+    steps = min(12, model.config.steps) if args.steps is None else args.steps
     with new_folder(args.output) as folder:
         report = {
-            split: evaluate(model, Protocol(split, args.items, args.steps), tuple(args.task), folder)
-            for split in args.split
+            split: evaluate(model, Protocol(split, args.items, steps), tuple(args.task), folder) for split in args.split
         }
         (folder / "report.json").write_text(json.dumps(report, indent=1))
     for split, scores in report.items():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dreamlite_jax.diffusion import flow, guidance, panels
-from dreamlite_jax.types import Array, Float, Latent, TextMask, TextStates, TimeIds
+from dreamlite_jax.types import Array, Float, Int, Latent, TextMask, TextStates, TimeIds
 
 # (canvas, timestep, text, mask, time_ids) -> velocity of the canvas
 VelocityFn = Callable[[Array, Array, Array, Array, Array], Array]
@@ -99,6 +99,55 @@ def sample(
         return flow.euler_step(x, v, now * batch, after * batch), flow.predict_data(x, v, now * batch)
 
     return jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))
+
+
+def rollout(
+    velocity: VelocityFn,
+    noise: Latent,
+    conditioning: Conditioning,
+    time_ids: TimeIds,
+    sigmas: Float[Array, "steps1"],
+    stop: Int[Array, ""] | int,
+    guidance_scale: Float[Array, ""] | float = 1.0,
+    image_guidance_scale: Float[Array, ""] | float = 1.0,
+    *,
+    layout: panels.Layout = "width",
+) -> Latent:
+    """Where the sampler is after `stop` of its steps, at sigmas[stop]; `stop` may be known on the device alone.
+
+    These are steps of `sample`: those after `stop` have length zero and do not call the network.
+    """
+    sigma = jnp.asarray(sigmas)[stop]
+
+    def until_stop(canvas: Array, timestep: Array, *inputs: Array) -> Array:
+        shape = jax.eval_shape(velocity, canvas, timestep, *inputs)
+        return jax.lax.cond(
+            timestep[0] > flow.TIMESTEPS * sigma,
+            velocity,
+            lambda *_: jnp.zeros(shape.shape, shape.dtype),
+            canvas, timestep, *inputs,
+        )  # fmt: skip
+
+    schedule = jnp.maximum(sigmas, sigma)
+    return sample(
+        until_stop, noise, conditioning, time_ids, schedule, guidance_scale, image_guidance_scale, layout=layout
+    )[0]
+
+
+def predict(
+    velocity: VelocityFn,
+    x: Latent,
+    sigma: Float[Array, ""],
+    conditioning: Conditioning,
+    time_ids: TimeIds,
+    guidance_scale: Float[Array, ""] | float = 1.0,
+    image_guidance_scale: Float[Array, ""] | float = 1.0,
+    *,
+    layout: panels.Layout = "width",
+) -> Latent:
+    """Data that the (guided) velocity at x predicts: what a step of `sample` shows as its preview."""
+    v = guided_velocity(velocity, x, sigma, conditioning, time_ids, guidance_scale, image_guidance_scale, layout)
+    return flow.predict_data(x, v, jnp.full((x.shape[0],), sigma, x.dtype))
 
 
 def noise_from_seeds(seeds: Sequence[int], shape: tuple[int, int, int]) -> Latent:

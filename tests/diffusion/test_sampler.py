@@ -139,3 +139,46 @@ def test_noise_depends_on_its_own_seed_alone():
     assert np.abs(among[0] - among[1]).max() > 0.1 and np.abs(among[1] - among[2]).max() > 0.1
     many = sampler.noise_from_seeds(range(50), (8, 8, 4))
     assert abs(float(many.mean())) < 0.02 and abs(float(many.std()) - 1.0) < 0.02
+
+
+@pytest.mark.parametrize("plan", [guidance.UNGUIDED, guidance.DUAL])
+@pytest.mark.parametrize("stop", [0, 1, 3, 4])
+def test_a_rollout_is_the_sampler_stopped_early(given, plan, stop):
+    """To the bit where no compiler fuses, and to rounding with a stop that the compiler does not know."""
+    seen = sampler.condition(plan, given["prompt"], given["null"], given["source"], given["null_with_image"])
+    scales = (2.5, 1.5)
+
+    def rolled(stop):
+        return sampler.rollout(velocity, given["noise"], seen, given["sizes"], SIGMAS, stop, *scales)
+
+    def sampled(noise, sigmas):
+        return sampler.sample(velocity, noise, seen, given["sizes"], jnp.asarray(sigmas), *scales)[0]
+
+    with jax.disable_jit():
+        reached, expected = rolled(stop), sampled(given["noise"], SIGMAS[: stop + 1]) if stop else given["noise"]
+        assert np.array_equal(reached, expected)
+        if 0 < stop < 4:
+            assert np.array_equal(sampled(reached, SIGMAS[stop:]), sampled(given["noise"], SIGMAS))
+    np.testing.assert_allclose(jax.jit(rolled)(stop), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rollout_calls_the_network_once_a_step(given):
+    calls = []
+
+    def counted(*inputs):
+        jax.debug.callback(lambda t: calls.append(float(t)), inputs[1][0])
+        return velocity(*inputs)
+
+    seen = sampler.condition(guidance.UNGUIDED, given["prompt"], given["null"], given["source"])
+    roll = jax.jit(lambda stop: sampler.rollout(counted, given["noise"], seen, given["sizes"], SIGMAS, stop))
+    roll(2).block_until_ready()
+    jax.effects_barrier()
+    np.testing.assert_allclose(sorted(calls, reverse=True), 1000.0 * SIGMAS[:2], rtol=1e-6)
+
+
+def test_a_prediction_is_the_preview_of_the_step(given):
+    seen = sampler.condition(guidance.SINGLE, given["prompt"], given["null"], given["source"])
+    _, previews = sampler.sample(velocity, given["noise"], seen, given["sizes"], jnp.asarray(SIGMAS), 2.5)
+    x = sampler.rollout(velocity, given["noise"], seen, given["sizes"], SIGMAS, 2, 2.5)
+    shown = sampler.predict(velocity, x, jnp.asarray(SIGMAS)[2], seen, given["sizes"], 2.5)
+    np.testing.assert_allclose(shown, previews[2], rtol=1e-5, atol=1e-6)
