@@ -23,6 +23,7 @@ import numpy as np
 from dreamlite_jax import cli, model_folder, released
 from dreamlite_jax.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.json_files import read_json
 from dreamlite_jax.tensor_files import check_tensors, write_tensors
 
 from . import diffusers_config, names, sources, torch_files
@@ -106,13 +107,13 @@ def _pipeline(path: Path, folder: Path, report: dict[str, Any]) -> None:
             _carry(path / part, folder / part, report)
         else:
             report["absent"][part] = NO_TEXT
-    index = torch_files.read_json(path / released.PIPELINE)
+    index = read_json(path / released.PIPELINE)
     model_folder.write_manifest(folder, config, {**_provenance(report), "pipeline": index})
 
 
 def _unet_alone(path: Path, vae: str | None, folder: Path, report: dict[str, Any]) -> None:
     file = path / "config.json"
-    raw = torch_files.read_json(file)
+    raw = read_json(file)
     unet = diffusers_config.unet_from_diffusers(raw, str(file))
     _write_component(folder, "unet", read_component(path, "unet", unet), report)
     autoencoder = VAEConfig(latent_channels=unet.out_channels)
@@ -143,7 +144,7 @@ def read_vae(path: Path, kind: str) -> tuple[VAEConfig, Converted]:
     """Config and parameters of an autoencoder in either format."""
     if kind == "taesd":
         return read_taesd(path)
-    config = diffusers_config.vae_from_diffusers(torch_files.read_json(path / "config.json"), str(path / "config.json"))
+    config = diffusers_config.vae_from_diffusers(read_json(path / "config.json"), str(path / "config.json"))
     return config, read_component(path, "vae", config)
 
 

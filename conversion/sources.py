@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.json_files import read_json
 from dreamlite_jax.tensor_files import stored_tensors
 
-from .torch_files import read_json, refuse_lora, refuse_pickles
+from .torch_files import refuse_lora, refuse_pickles
 
 Kind = Literal["pipeline", "unet", "vae", "taesd", "text_encoder"]
 KINDS = (

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.tensor_files import Stored, open_tensors, stored_tensors
+from dreamlite_jax.tensor_files import Stored, open_tensors, shards, stored_tensors
 
 from .names import TorchTensor
 
@@ -25,19 +25,6 @@ TEXT_PARTS = ("text_encoder", "tokenizer", "processor")
 Checkpoint = Mapping[str, tuple[Path, Stored]]  # file and kind of each tensor, by torch name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; a `UserError` names the file when it is missing or holds something else."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}; it must be an object")
-    return value
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a component: the shards its index names, or the one file.
 
@@ -46,14 +33,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     for index in (folder / name for name in INDICES):
         if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, Mapping) or not weight_map:
-                raise UserError(f"{index} has no weight_map; it must map each tensor to its file")
-            files = [folder / name for name in sorted(set(weight_map.values()))]
-            missing = [path.name for path in files if not path.is_file()]
-            if missing:
-                raise UserError(f"{folder} lacks {', '.join(missing)}, which {index.name} names; fetch it again")
-            return files
+            return shards(index)
     for path in (folder / name for name in SINGLE_FILES):
         if path.is_file():
             return [path]

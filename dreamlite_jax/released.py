@@ -11,8 +11,8 @@ import numpy as np
 
 from dreamlite_jax.config import ModelConfig, TextConfig
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.json_files import read_json
 from dreamlite_jax.model_folder import COMPONENTS, Component, unflatten
-from dreamlite_jax.models.qwen_vl.load import read_json
 
 PIPELINE = "model_index.json"
 DEFAULT_LATENT_SIZE = 128  # `default_sample_size` of both pipelines

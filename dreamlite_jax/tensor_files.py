@@ -14,6 +14,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.json_files import read_json
 
 SHOWN = 5  # tensors named in one error
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -61,6 +62,18 @@ def open_tensors(path: Path) -> Any:
                 f"{path} is truncated: it has {size} bytes and its header promises {promised}; fetch it again"
             ) from None
         raise UserError(f"{path} ({size} bytes) is not a safetensors file: {error}") from None
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index of shards names. Raises `UserError`: it names none, or one is not there."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise UserError(f"{index} has no weight_map; it must map each tensor to its file")
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise UserError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names; fetch it again")
+    return files
 
 
 def promised_bytes(path: Path) -> int | None:

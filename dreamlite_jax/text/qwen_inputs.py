@@ -13,8 +13,8 @@ import tokenizers
 from PIL import Image
 
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.json_files import read_json
 from dreamlite_jax.models.qwen_vl.config import QwenVLConfig, VisionTowerConfig
-from dreamlite_jax.models.qwen_vl.load import read_json
 from dreamlite_jax.models.qwen_vl.vision import patchify
 from dreamlite_jax.text.templates import EDIT_CHAT, GENERATE_CHAT, ChatTemplate
 

@@ -1,27 +1,25 @@
 """Weights of Qwen3-VL from a transformers folder: `config.json` beside one safetensors file or several shards."""
 
 import dataclasses
-import difflib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from dreamlite_jax import tensor_files
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.json_files import read_json
 from dreamlite_jax.models.qwen_vl.config import QwenVLConfig, from_transformers
 from dreamlite_jax.models.qwen_vl.model import STACKED, QwenVL, abstract_params, param_shardings
+from dreamlite_jax.tensor_files import Stored
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 UNUSED = ("lm_head.weight",)  # next-token logits; an encoder stops before them
-FLOATS = ("BF16", "F16", "F32")
-SHOWN = 5  # tensors named in one error
 
 LeafPath = tuple[str, ...]  # of a leaf in our parameter tree
 
@@ -68,24 +66,11 @@ def read_config(folder: str | Path) -> QwenVLConfig:
     return from_transformers(read_json(path), str(path))
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object; a `UserError` names the file when it is missing or holds something else."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; it belongs to a transformers model folder")
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, Mapping):
-        raise UserError(f"{path} holds a {type(value).__name__}; it must be an object")
-    return value
-
-
 def load_params(folder: Path, shapes: Any, config: QwenVLConfig, shardings: Any = None) -> Any:
     """Arrays for a tree of shapes (`abstract_params`), read leaf by leaf and put on the devices as `shardings` say."""
     slots = expected_tensors(shapes, config)
-    stored = stored_tensors(folder)
-    check_tensors(folder, slots, stored)
+    places = stored_tensors(folder)
+    check_tensors(folder, slots, places)
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     placements = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
     sources: dict[LeafPath, list[str]] = {}
@@ -98,8 +83,8 @@ def load_params(folder: Path, shapes: Any, config: QwenVLConfig, shardings: Any 
         value = np.empty(leaf.shape, leaf.dtype)
         for name in sources[key]:
             target = value if slots[name].layer is None else value[slots[name].layer]
-            with open_safetensors(stored[name].file) as file:
-                target[...] = to_ours(key, file.get_tensor(stored[name].name))
+            with tensor_files.open_tensors(places[name].file) as file:
+                target[...] = to_ours(key, file.get_tensor(places[name].name))
         arrays.append(jax.device_put(value, placement))
     return jax.tree.unflatten(tree, arrays)
 
@@ -154,106 +139,38 @@ def to_ours(path: LeafPath, tensor: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor as the checkpoint's headers describe it; `name` is its full name in the file."""
+class Place:
+    """Where a tensor of the checkpoint is; `name` is its full name in the file."""
 
     file: Path
     name: str
-    shape: tuple[int, ...]
-    dtype: str
+    stored: Stored
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+def stored_tensors(folder: Path) -> dict[str, Place]:
     """All tensors of a folder's weight files, without reading their values, by name without a leading "model."."""
-    found: dict[str, Stored] = {}
+    found: dict[str, Place] = {}
     for path in weight_files(folder):
-        with open_safetensors(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                part = file.get_slice(name)
-                short = name.removeprefix("model.")
-                if short in found:
-                    raise UserError(
-                        f"tensor {name!r} is both in {found[short].file.name} and in {path.name} of {folder}"
-                    )
-                found[short] = Stored(path, name, tuple(part.get_shape()), part.get_dtype())
+        for name, stored in tensor_files.stored_tensors(path).items():
+            short = name.removeprefix("model.")
+            if short in found:
+                raise UserError(f"tensor {name!r} is both in {found[short].file.name} and in {path.name} of {folder}")
+            found[short] = Place(path, name, stored)
     return found
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: the shards its index names, or the single file."""
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, Mapping):
-            raise UserError(f"{folder / INDEX} has no weight_map; it must map each tensor to its file")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / SINGLE]
-    for path in files:
-        if not path.is_file():
-            beside = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no safetensors file"
-            raise UserError(f"{path} does not exist; the folder has {beside}")
-    return files
+        return tensor_files.shards(folder / INDEX)
+    if not (folder / SINGLE).is_file():
+        beside = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no safetensors file"
+        raise UserError(f"{folder / SINGLE} does not exist; the folder has {beside}")
+    return [folder / SINGLE]
 
 
-def open_safetensors(path: Path) -> Any:
-    """The opened file; a `UserError` says whether it is truncated or of another kind."""
-    try:
-        return safetensors.safe_open(path, framework="np")
-    except safetensors.SafetensorError as error:
-        size, promised = path.stat().st_size, promised_bytes(path)
-        if promised is not None and size < promised:
-            raise UserError(
-                f"{path} is truncated: it has {size} bytes and its header promises {promised}; fetch it again"
-            ) from None
-        raise UserError(f"{path} ({size} bytes) is not a safetensors file: {error}") from None
-
-
-def promised_bytes(path: Path) -> int | None:
-    """Size that a safetensors header gives its file (at least, where the header itself is cut); None: no header."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= 100_000_000:  # the format's own limit
-            return None
-        header = file.read(length)
-    if not header.startswith(b"{"):
-        return None
-    if len(header) < length:
-        return 8 + length
-    try:
-        entries = json.loads(header)
-        return 8 + length + max((e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-# --- checks
-
-
-def check_tensors(folder: Path, slots: Mapping[str, Slot], stored: Mapping[str, Stored]) -> None:
+def check_tensors(folder: Path, slots: Mapping[str, Slot], places: Mapping[str, Place]) -> None:
     """Raises a `UserError` that names the first tensors that are missing, unknown, of another shape or no float."""
-    missing = [name for name in slots if name not in stored]
-    extra = [name for name in stored if name not in slots and name not in UNUSED]
-    problems = [f"{name} is missing{_nearest(name, extra or stored)}" for name in _first(missing)]
-    problems += [f"{name} is unknown{_nearest(name, missing or slots)}" for name in _first(extra)]
-    both = [name for name in slots if name in stored]
-    shapes = [name for name in both if stored[name].shape != slots[name].shape]
-    problems += [
-        f"{name} has shape {stored[name].shape}; config.json asks for {slots[name].shape}" for name in _first(shapes)
-    ]
-    kinds = [name for name in both if stored[name].dtype not in FLOATS]
-    problems += [f"{name} is stored as {stored[name].dtype}; it must be one of {FLOATS}" for name in _first(kinds)]
-    if problems:
-        total = len(missing) + len(extra) + len(shapes) + len(kinds)
-        more = f" (and {total - len(problems)} more)" if total > len(problems) else ""
-        raise UserError(
-            f"the weights in {folder} do not fit its config.json: tensor " + "; tensor ".join(problems) + more
-        )
-
-
-def _first(names: Iterable[str]) -> Iterator[str]:
-    return (name for name, _ in zip(names, range(SHOWN), strict=False))
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (nearest: {near[0]})" if near else ""
+    found = {name: place.stored for name, place in places.items() if name in slots or name not in UNUSED}
+    where = f"the weights in {folder} do not fit its config.json"
+    tensor_files.check_tensors(where, {name: slot.shape for name, slot in slots.items()}, found)
