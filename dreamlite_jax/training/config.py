@@ -141,6 +141,85 @@ class AutoencoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """One term of ReFL's reward.
+
+    `build` is "package.module:function"; called with `options` it returns a `dreamlite_jax.rewards.base.Reward`.
+    Scores on the far side of `threshold` give no gradient (see `ReFLConfig.push`); without one, all scores do.
+    """
+
+    name: str
+    build: str
+    options: dict[str, str | int | float | bool] = dataclasses.field(default_factory=dict)
+    weight: float = 1.0
+    threshold: float | None = None
+    tasks: tuple[Literal["generate", "edit"], ...] = ("generate", "edit")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReFLConfig:
+    """Reward feedback learning (ImageReward, algorithm 1; spec section 6).
+
+    The rollout has `steps` steps; the one with gradients is drawn from the last `late_share` of them. `push` "below"
+    raises scores below the threshold, as the original does; "above" those above it. A run stops when the velocity on
+    real data is more than `max_drift` (relative) away from the start model's, or when the predicted latents' spread
+    over the batch falls below `min_diversity` of the real ones'.
+    """
+
+    rewards: tuple[RewardConfig, ...] = ()
+    reward_weight: float = 1e-3
+    flow_weight: float = 1.0
+    steps: int = 28
+    late_share: float = 0.25
+    guidance_scale: float = 1.0
+    image_guidance_scale: float = 1.0
+    push: Literal["below", "above"] = "below"
+    max_drift: float = 0.5
+    min_diversity: float = 0.3
+
+    def __post_init__(self):
+        at_least_one(self, "refl.", ("steps",))
+        if not 0 < self.late_share <= 1:
+            raise UserError(f"config.refl.late_share is {self.late_share}; it must be above 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DMDConfig:
+    """Distribution matching distillation (DMD2, arXiv 2405.14867; spec section 6).
+
+    `teacher` is a model folder or workdir ("" means `init_from`), guided by these scales. The student takes
+    `config.model.steps` steps without guidance. The fake score makes `fake_updates` updates a step, with the optimiser
+    `fake`; weights of the GAN above 0 (DMD2: 5e-3 for the generator, 1e-2 for the fake score) add a head to it. Noise
+    levels are uniform in `noise_range`, before the resolution's shift. A run stops when the student's latents spread
+    over the batch less than `min_diversity` of the real ones'.
+    """
+
+    teacher: str = ""
+    guidance_scale: float = 3.5
+    image_guidance_scale: float = 1.5
+    noise_range: tuple[float, float] = (0.02, 0.98)
+    fake_updates: int = 5
+    fake: OptimConfig = OptimConfig(learning_rate=5e-7, warmup_steps=0)  # noqa: RUF009 (frozen)
+    gan_generator_weight: float = 0.0
+    gan_fake_weight: float = 0.0
+    min_diversity: float = 0.3
+
+    def __post_init__(self):
+        at_least_one(self, "dmd.", ("fake_updates",))
+        low, high = self.noise_range
+        if not 0 < low < high < 1:
+            raise UserError(f"config.dmd.noise_range is {self.noise_range}; it must be 0 < low < high < 1")
+        for name in ("gan_generator_weight", "gan_fake_weight"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"config.dmd.{name} is {getattr(self, name)}; it must be at least 0")
+        if (self.gan_generator_weight > 0) != (self.gan_fake_weight > 0):
+            raise UserError(
+                f"config.dmd.gan_generator_weight is {self.gan_generator_weight} and gan_fake_weight "
+                f"{self.gan_fake_weight}; both or neither must be above 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along (data, fsdp); data 0 means all that fsdp leaves."""
 
@@ -172,13 +251,15 @@ class TrainConfig:
     random weights. `vae` is the autoencoder file that latents were made with ("" means the shipped one).
     """
 
-    stage: Literal["flow_matching", "vae"]
+    stage: Literal["flow_matching", "vae", "refl", "dmd2"]
     model: ModelConfig
     data: DataConfig
     steps: int
     optim: OptimConfig = OptimConfig()
     flow: FlowConfig = FlowConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
+    refl: ReFLConfig = ReFLConfig()
+    dmd: DMDConfig = DMDConfig()
     mesh: MeshConfig = MeshConfig()
     init_from: str = ""
     vae: str = ""
