@@ -1,4 +1,4 @@
-"""The one training loop. A stage gives it parameters, a loss, data, grids and an export; the loop does the rest."""
+"""The one training loop. A stage gives it a state, a step, data, grids and an export; the loop does the rest."""
 
 import os
 import sys
@@ -13,8 +13,7 @@ from PIL import Image
 
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training import optim, sharding
-from dreamlite_jax.training import state as train_state
+from dreamlite_jax.training import sharding
 from dreamlite_jax.training.checkpoint import Checkpoints
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.metrics import Clock, Metrics, duration
@@ -24,11 +23,19 @@ from dreamlite_jax.training.metrics import Clock, Metrics, duration
 class Stage(Protocol):
     """What a kind of training is to the loop."""
 
-    def init_params(self, key: jax.Array) -> Any:
-        """Parameters to start from, random or from `config.init_from`."""
+    def init_state(self, key: jax.Array) -> Any:
+        """State to start from: a `flax.struct` dataclass with at least `params`, `ema` and `step` (steps taken, int32).
 
-    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(loss, metrics) of a global batch; pure, traced once."""
+        Its other fields are the stage's own: optimiser states, further networks. The loop places every array by
+        `sharding.state_sharding`, saves the whole object and restores it. It is traced for its shapes too.
+        """
+
+    def step(self, state: Any, batch: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
+        """(next state, metrics) from a global batch; pure, compiled by the loop, which donates `state`.
+
+        All that is random comes from `fold_in(key(config.seed), state.step)`. Metrics are scalars; "loss" and
+        "grad_norm" are among them, and neither may ever be other than finite.
+        """
 
     def dataset(self) -> grain.IterDataset:
         """Endless batches of this host, as dicts of numpy arrays; its iterator can be saved and restored."""
@@ -67,8 +74,7 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         key = jax.random.key(config.seed)
-        optimizer = optim.optimizer(config.optim, config.steps)
-        shapes = jax.eval_shape(lambda key: train_state.create(stage.init_params(key), optimizer), key)
+        shapes = jax.eval_shape(stage.init_state, key)
         placement = sharding.state_sharding(mesh, shapes)
         count = _count(shapes.params) / 1e6
         print(f"{config.stage}: {count:.2f} M parameters on {mesh.devices.size} device(s)", file=sys.stderr)
@@ -79,14 +85,12 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
             state = checkpoints.restore(start, shapes, placement, iterator)
             print(f"resumed from step {start}", file=sys.stderr)
         else:
-            create = jax.jit(lambda params: train_state.create(params, optimizer))
-            state = jax.device_put(create(stage.init_params(key)), placement)
+            state = jax.device_put(stage.init_state(key), placement)
         metrics = Metrics(workdir, start)
 
         # 3. The step, compiled before the first batch so that its time is known.
         batch_sharding = sharding.batch_sharding(mesh)
-        step_fn = train_state.make_step(stage.loss, config.optim, config.steps, config.seed)
-        jitted = jax.jit(step_fn, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh)))
+        jitted = jax.jit(stage.step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh)))
         clock.paused()
         batch = sharding.global_batch(next(iterator), batch_sharding) if start < config.steps else None
         if batch is not None:
@@ -156,16 +160,13 @@ def _count(params: Any) -> int:
 
 def check(config: TrainConfig, stage: Stage) -> list[str]:
     """Builds everything but runs no step: parameters by shape, one real batch, the step's shapes. Says what it saw."""
-    params = jax.eval_shape(stage.init_params, jax.random.key(config.seed))
-    optimizer = optim.optimizer(config.optim, config.steps)
-    state = jax.eval_shape(lambda p: train_state.create(p, optimizer), params)
+    state = jax.eval_shape(stage.init_state, jax.random.key(config.seed))
     batch = next(iter(stage.dataset()))
-    step_fn = train_state.make_step(stage.loss, config.optim, config.steps, config.seed)
-    _, values = jax.eval_shape(step_fn, state, batch)
+    _, values = jax.eval_shape(stage.step, state, batch)
     shapes = ", ".join(f"{name} {tuple(np.shape(value))}" for name, value in batch.items())
     return [
         f"config: stage {config.stage}, {config.steps} steps, batch {config.data.batch_size}",
-        f"parameters: {_count(params):,}",
+        f"parameters: {_count(state.params):,}",
         f"batch: {shapes}",
         f"metrics: {', '.join(values)}",
     ]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of the optimisation, and one step of it."""
+"""State and step of a stage that is one loss and one optimiser."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dreamlite_jax.training import optim
-from dreamlite_jax.training.config import OptimConfig
+from dreamlite_jax.training.config import OptimConfig, TrainConfig
 
 # (params, batch, key) -> (loss, metrics)
 LossFn = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -53,3 +53,19 @@ def make_step(
         return TrainState(params, ema, opt_state, state.step + 1), metrics
 
     return step
+
+
+class OneLoss:
+    """State and step of a stage that has `config`, `init_params(key)` and `loss(params, batch, key)`."""
+
+    config: TrainConfig
+    init_params: Callable[[jax.Array], Any]
+    loss: LossFn
+
+    def init_state(self, key: jax.Array) -> TrainState:
+        return create(self.init_params(key), optim.optimizer(self.config.optim, self.config.steps))
+
+    def step(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimisation step."""
+        config = self.config
+        return make_step(self.loss, config.optim, config.steps, config.seed)(state, batch)

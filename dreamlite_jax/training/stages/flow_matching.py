@@ -19,12 +19,13 @@ from dreamlite_jax.model_folder import load_config, load_params, load_vae, save_
 from dreamlite_jax.models.unet import UNet, dummy_inputs
 from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.training.config import TrainConfig
+from dreamlite_jax.training.state import OneLoss
 from dreamlite_jax.types import Array
 
 SAMPLE_SEED = 1000  # of the first item of a grid; item i has SAMPLE_SEED + i
 
 
-class FlowMatchingStage:
+class FlowMatchingStage(OneLoss):
     """Velocity regression on the target panel, the condition panel clean beside it."""
 
     def __init__(self, config: TrainConfig):

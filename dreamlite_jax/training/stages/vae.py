@@ -14,9 +14,10 @@ from dreamlite_jax import pictures
 from dreamlite_jax.model_folder import new_folder, save_vae
 from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.training.config import TrainConfig
+from dreamlite_jax.training.state import OneLoss
 
 
-class VAEStage:
+class VAEStage(OneLoss):
     """Reconstruction under latent noise, with latents held at zero mean and unit variance a channel."""
 
     def __init__(self, config: TrainConfig):
