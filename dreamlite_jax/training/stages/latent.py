@@ -1,0 +1,221 @@
+"""What stages that train the U-Net on latents share: start, data, conditioning, flow-matching loss, grids, export."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamlite_jax import pictures
+from dreamlite_jax.assets import vae_path
+from dreamlite_jax.config import to_dict
+from dreamlite_jax.data import latents as latent_data
+from dreamlite_jax.diffusion import flow, guidance, panels, sampler
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.model_folder import load_config, load_params, load_vae, save_model
+from dreamlite_jax.models.unet import UNet, dummy_inputs
+from dreamlite_jax.models.vae import VAE
+from dreamlite_jax.training.config import TrainConfig
+from dreamlite_jax.types import Array, Float, Latent, PerSample, Scalar, TextMask, TextStates, TimeIds
+
+SAMPLE_SEED = 1000  # of the first item of a grid; item i has SAMPLE_SEED + i
+Batch = dict[str, Array]
+
+
+class Noised(NamedTuple):
+    """Real data on their way to noise, as the network sees them, and the velocity that it should answer with."""
+
+    canvas: Float[Array, "b h w2 c2"]
+    sigma: PerSample
+    text: TextStates
+    mask: TextMask
+    size: TimeIds
+    velocity: Latent
+
+
+class LatentStage:
+    """A U-Net, its autoencoder, and batches of latents and text states. A kind of training adds its loss or step."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        data = config.data
+        infos = [latent_data.read_info(source.path) for source in (*data.sources, *data.validation)]
+        self.vae_config, self.vae_params = load_vae(vae_path(config.vae))
+        for source, info in zip((*data.sources, *data.validation), infos, strict=True):
+            if info["vae"] != to_dict(self.vae_config):
+                raise UserError(f"{source.path} holds latents of another autoencoder than config.vae; precompute again")
+        if config.model.vae != self.vae_config:
+            raise UserError(f"config.model.vae is {config.model.vae}, but the autoencoder file holds {self.vae_config}")
+        self.null_states = np.asarray(infos[0]["null_states"], np.float32)
+        if self.null_states.shape[1] != config.model.unet.text_dim:
+            raise UserError(
+                f"config.model.unet.text_dim is {config.model.unet.text_dim}, but the data have text states of width "
+                f"{self.null_states.shape[1]}"
+            )
+        self.dtype = jnp.bfloat16 if config.dtype == "bfloat16" else jnp.float32
+        self.model = UNet(config.model.unet, self.dtype, config.remat)
+
+    # --- parameters
+
+    def init_params(self, key: jax.Array) -> Any:
+        if not self.config.init_from:
+            return jax.jit(self.model.init)(key, *dummy_inputs(self.config.model.unet))["params"]
+        return self.params_of(self.config.init_from, "init_from")
+
+    def params_of(self, location: str, field: str) -> Any:
+        """U-Net parameters of a model folder or workdir, which `config.<field>` names."""
+        folder = model_of(location)
+        if (found := load_config(folder).unet) != self.config.model.unet:
+            raise UserError(
+                f"config.{field} {folder} holds a U-Net of another architecture: {found}; the config asks for "
+                f"{self.config.model.unet}"
+            )
+        return jax.tree.map(jnp.asarray, load_params(folder, "unet"))
+
+    # --- the network and what it is conditioned on
+
+    def velocity(self, params: Any) -> sampler.VelocityFn:
+        """The network with these parameters, as the sampler wants it."""
+        return lambda *inputs: self.model.apply({"params": params}, *inputs)
+
+    def null_text(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """States (s, d) and mask (s,) of the empty prompt, padded."""
+        tokens = len(self.null_states)
+        states = np.zeros((length, self.null_states.shape[1]), np.float32)
+        states[:tokens] = self.null_states
+        return states, (np.arange(length) < tokens).astype(np.float32)
+
+    def conditioning(self, plan: Sequence[guidance.Branch], batch: Batch) -> sampler.Conditioning:
+        """What the branches of a plan see of a batch.
+
+        A batch of both tasks takes the plan of edits: generation has a blank source, with which its three branches
+        combine to v0 + g (v1 - v0), as its two do.
+        """
+        null = sampler.TextStatesMask(*(x[None] for x in self.null_text(batch["text"].shape[1])))
+        prompt = sampler.TextStatesMask(batch["text"], batch["mask"])
+        return sampler.condition(plan, prompt, null, batch["source"])
+
+    def sigmas(self, latents: Latent, steps: int) -> np.ndarray:
+        """The sampler's schedule for latents of this size."""
+        return flow.sampling_sigmas(steps, flow.shift_mu(self.config.model.scheduler, *latents.shape[1:3]))
+
+    # --- flow matching
+
+    def noised(self, batch: Batch, key: jax.Array) -> Noised:
+        """A batch between data and noise, some of its texts and source pictures dropped."""
+        config, target = self.config.flow, batch["target"]
+        b, h, w, _ = target.shape
+        sigma_key, noise_key, text_key, image_key = jax.random.split(key, 4)
+        mu = flow.shift_mu(self.config.model.scheduler, h, w)
+        sigma = flow.training_sigmas(sigma_key, b, mu=mu, logit_mean=config.logit_mean, logit_std=config.logit_std)
+        noise = jax.random.normal(noise_key, target.shape)
+
+        keep_image = jax.random.uniform(image_key, (b,)) >= config.image_drop
+        source = jnp.where(flow.per_sample(keep_image, target), batch["source"], 0.0)
+        drop_text = jax.random.uniform(text_key, (b,)) < config.text_drop
+        null_states, null_mask = self.null_text(batch["text"].shape[1])
+        text = jnp.where(drop_text[:, None, None], null_states[None], batch["text"])
+        mask = jnp.where(drop_text[:, None], null_mask[None], batch["mask"])
+
+        canvas = panels.compose(flow.interpolate(target, noise, sigma), source, self.config.model.unet.condition_layout)
+        return Noised(canvas, sigma, text, mask, batch["size"], flow.velocity_target(target, noise))
+
+    def answer(self, params: Any, noised: Noised) -> Latent:
+        """The network's velocity of the target panel."""
+        out = self.velocity(params)(noised.canvas, flow.TIMESTEPS * noised.sigma, noised.text, noised.mask, noised.size)
+        return panels.target_half(out, self.config.model.unet.condition_layout)
+
+    def flow_loss(self, answer: Latent, noised: Noised, batch: Batch) -> tuple[Scalar, dict[str, Scalar]]:
+        """Squared error of the velocity on the target panel, weighted on the region that an edit changes."""
+        error = jnp.square(answer - noised.velocity)
+        weight = batch["weight"] if self.config.flow.region_weight else jnp.ones_like(batch["weight"])
+        loss = (weight * error).mean() / weight.mean()
+        per_item, editing = error.mean((1, 2, 3)), batch["editing"]
+        generated, edited = jnp.maximum(len(editing) - editing.sum(), 1.0), jnp.maximum(editing.sum(), 1.0)
+        return loss, {
+            "mse": error.mean(),
+            "mse_generate": (per_item * (1.0 - editing)).sum() / generated,
+            "mse_edit": (per_item * editing).sum() / edited,
+        }
+
+    # --- data
+
+    def dataset(self) -> grain.IterDataset:
+        data = self.config.data
+        return latent_data.mixture(
+            data.sources,
+            batch_size=data.batch_size,
+            text_length=data.text_length,
+            seed=self.config.seed,
+            threads=data.threads,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+
+    # --- pictures
+
+    def grid(self, params: Any) -> np.ndarray:
+        """Fixed validation items: result above truth for generation; source, result, target for edits."""
+        grids = []
+        for source in self.config.data.validation or self.config.data.sources:
+            records = latent_data.open_examples(source.path)
+            items = [latent_data.unpack(records[i]) for i in range(min(self.config.grid_items, len(records)))]
+            batch = jax.tree.map(
+                lambda *x: np.stack(x), *[latent_data.collate(item, self.config.data.text_length) for item in items]
+            )
+            editing = items[0].source is not None
+            result, truth, given = (
+                pictures.to_uint8(self._decode(x))
+                for x in (self._sample(params, batch, editing), batch["target"], batch["source"])
+            )
+            rows, titles = [(result, "result"), (truth, "target")], f"{items[0].task}: {Path(source.path).name}"
+            if editing:
+                rows.insert(0, (given, "source"))
+            grids.append(
+                pictures.grid(
+                    [row for row, _ in rows],
+                    row_titles=[name for _, name in rows],
+                    captions=[item.text for item in items],
+                    title=titles,
+                )
+            )
+        return pictures.stack(grids)
+
+    def decoder(self) -> Callable[[Any, Latent], Array]:
+        """(autoencoder parameters, latents) -> pictures, not clipped."""
+        vae = VAE(self.vae_config)
+        return lambda params, latents: vae.apply({"params": params}, latents, method="decode")
+
+    def _decode(self, latents: Array) -> np.ndarray:
+        return np.asarray(jax.jit(self.decoder())(self.vae_params, latents))
+
+    def _sample(self, params: Any, batch: dict[str, np.ndarray], editing: bool) -> jax.Array:
+        model = self.config.model
+        b, h, w, c = batch["target"].shape
+        guided = guidance.is_guided(editing, model.guidance_scale, model.image_guidance_scale)
+        conditioning = self.conditioning(guidance.branches(editing, guided), batch)
+        sigmas = self.sigmas(batch["target"], min(self.config.grid_steps, model.steps))
+        noise = sampler.noise_from_seeds(range(SAMPLE_SEED, SAMPLE_SEED + b), (h, w, c))
+
+        def run(params, noise, conditioning, sizes):
+            return sampler.sample(
+                self.velocity(params), noise, conditioning, sizes, sigmas, model.guidance_scale,
+                model.image_guidance_scale, layout=model.unet.condition_layout,
+            )[0]  # fmt: skip
+
+        return jax.jit(run)(params, noise, conditioning, batch["size"])
+
+    def export(self, params: Any, directory: Path, provenance: dict[str, Any]) -> None:
+        """Writes a model folder; its sampling settings are those of `config.model`."""
+        config = dataclasses.replace(self.config.model, vae=self.vae_config)
+        save_model(directory, config, {"unet": params, "vae": self.vae_params}, provenance)
+
+
+def model_of(location: str) -> Path:
+    """The model folder at `location`, or the one exported into a workdir."""
+    path = Path(location)
+    return path / "model" if (path / "model").is_dir() else path
