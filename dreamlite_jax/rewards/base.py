@@ -12,16 +12,15 @@ bring your own reward write a class with these three members; nothing is registe
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
 
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.rewards.config import Task
 from dreamlite_jax.types import Array, Image, PerSample
-
-Task = Literal["generate", "edit"]
 
 
 @flax.struct.dataclass

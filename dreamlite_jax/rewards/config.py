@@ -1,11 +1,11 @@
-"""What a stage's config says of its rewards."""
+"""What a stage's config says of its rewards. No JAX here: training configs are read without it."""
 
 import dataclasses
 from typing import Literal
 
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.rewards.base import Task
 
+Task = Literal["generate", "edit"]
 Backbone = Literal["qwen2_vl_7b", "qwen2_5_vl_7b", "mimo_vl_7b", "qwen3_vl_8b"]
 
 
