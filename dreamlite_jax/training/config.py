@@ -13,6 +13,7 @@ import ml_collections
 
 from dreamlite_jax.config import ModelConfig, TextConfig, from_dict, suggestion
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.rewards.config import RewardConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,22 +142,6 @@ class AutoencoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardConfig:
-    """One term of ReFL's reward.
-
-    `build` is "package.module:function"; called with `options` it returns a `dreamlite_jax.rewards.base.Reward`.
-    Scores on the far side of `threshold` give no gradient (see `ReFLConfig.push`); without one, all scores do.
-    """
-
-    name: str
-    build: str
-    options: dict[str, str | int | float | bool] = dataclasses.field(default_factory=dict)
-    weight: float = 1.0
-    threshold: float | None = None
-    tasks: tuple[Literal["generate", "edit"], ...] = ("generate", "edit")
-
-
-@dataclasses.dataclass(frozen=True)
 class ReFLConfig:
     """Reward feedback learning (ImageReward, algorithm 1; spec section 6).
 
@@ -199,7 +184,7 @@ class DMDConfig:
     image_guidance_scale: float = 1.5
     noise_range: tuple[float, float] = (0.02, 0.98)
     fake_updates: int = 5
-    fake: OptimConfig = OptimConfig(learning_rate=5e-7, warmup_steps=0)  # noqa: RUF009 (frozen)
+    fake: OptimConfig = OptimConfig(learning_rate=5e-7, warmup_steps=0)
     gan_generator_weight: float = 0.0
     gan_fake_weight: float = 0.0
     min_diversity: float = 0.3
