@@ -11,7 +11,7 @@ stamp="$VENV/.dreamlite_$(cat setup.cfg constraints.txt | sha256sum | cut -c1-16
 [ -f "$stamp" ] && exit 0
 
 echo "installing into $VENV (extras: $extras)" >&2
-[ -x "$VENV/bin/python" ] || python3 -m venv "$VENV"
+[ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 pip install -q --upgrade pip
 # First, and by its pin: otherwise another package's dependency would choose the build with several GB of CUDA.
