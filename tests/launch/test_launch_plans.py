@@ -1,4 +1,4 @@
-"""The pod launchers: recorded plans, missing settings, secrets; and the supervisor that starts again what was preempted."""
+"""The pod launchers: recorded plans, missing settings, secrets; the supervisor starts again what was preempted."""
 
 import os
 import signal
