@@ -28,22 +28,37 @@ def psnr(a: np.ndarray, b: np.ndarray, value_range: float = 2.0) -> float:
     return math.inf if error == 0 else 10.0 * math.log10(value_range**2 / error)
 
 
+class TooSmall(ValueError):
+    """A picture with a side below 8 pixels; the message has its size."""
+
+
 def read_picture(path: str | Path) -> Image.Image:
-    """An RGB picture, upright: EXIF rotation applied, transparency laid over white, grey and palette expanded.
+    """An RGB picture of a file, upright; see `upright`.
 
     Raises:
       UserError: missing, unreadable or smaller than 8 pixels a side.
     """
     try:
         with Image.open(path) as opened:
-            opened.load()
-            picture = ImageOps.exif_transpose(opened)
+            return upright(opened)
     except FileNotFoundError:
         raise UserError(f"image {path}: no such file") from None
+    except TooSmall as error:
+        raise UserError(f"image {path} is {error}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise UserError(f"image {path} cannot be read as a picture ({error}); PNG, JPEG and WebP work") from error
+
+
+def upright(opened: Image.Image) -> Image.Image:
+    """The picture decoded, RGB: EXIF rotation applied, transparency laid over white, grey and palette expanded.
+
+    Raises:
+      TooSmall: a side is below 8 pixels. Damaged files raise whatever Pillow does.
+    """
+    opened.load()
+    picture = ImageOps.exif_transpose(opened)
     if min(picture.size) < 8:
-        raise UserError(f"image {path} is {picture.width}x{picture.height} pixels; each side must be at least 8")
+        raise TooSmall(f"{picture.width}x{picture.height} pixels; each side must be at least 8")
     if picture.mode in ("I;16", "I;16B", "I;16L", "I"):
         picture = Image.fromarray((np.asarray(picture, np.float32) / 257.0).clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:

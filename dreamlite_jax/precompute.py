@@ -1,35 +1,50 @@
 """Encodes a data set once: python -m dreamlite_jax.precompute --config configs/precompute.py:t2i_64 --output DIR.
 
 Writes latents and text states as shards. Run again it makes only the shards that are missing; several hosts (or
-processes) share the work through --host I --hosts N, each taking every N-th shard.
+processes) share the work through --host I --hosts N, each taking every N-th shard. Records that cannot be used are left
+out and named in bad_records.jsonl (of host 0; bad_records_I.jsonl of host I).
 """
 
 import hashlib
+import itertools
 import json
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dreamlite_jax import cli, pictures
 from dreamlite_jax.assets import vae_path
-from dreamlite_jax.config import to_dict
+from dreamlite_jax.config import TextConfig, from_dict, to_dict
 from dreamlite_jax.data import latents as latent_data
+from dreamlite_jax.data import transforms
+from dreamlite_jax.data.buckets import Size, nearest_bucket
+from dreamlite_jax.data.forms import request_of
+from dreamlite_jax.data.mixture import refusals, source_sizes
+from dreamlite_jax.data.reading import BadRecords, log_path
+from dreamlite_jax.data.sources import BadRecord, Source, open_source
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest
 from dreamlite_jax.training.config import PrecomputeConfig, load_config
 
-CHANGED = 8  # a pixel counts as changed when any channel differs by more than this many of 255 levels
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Encoder:
-    """Pictures and prompts of a batch of records, through the autoencoder and the text encoder."""
+    """Pictures and prompts of a batch of samples, through the autoencoder and the text encoder.
 
-    def __init__(self, vae_file: Path, text: PromptEncoder):
+    Args:
+      rows: pictures to fill a batch up to, so that each size is compiled once; 0 takes batches as they come.
+    """
+
+    def __init__(self, vae_file: Path, text: PromptEncoder, rows: int = 0):
         import jax
 
         from dreamlite_jax.model_folder import load_vae
@@ -38,9 +53,9 @@ class Encoder:
         from dreamlite_jax.training.config import MeshConfig
 
         self.config, params = load_vae(vae_file)
-        vae, mesh = VAE(self.config), sharding.make_mesh(MeshConfig())
+        vae, mesh = VAE(self.config), sharding.make_mesh(MeshConfig(), jax.local_devices())
         self._batch = sharding.batch_sharding(mesh)
-        self._devices = mesh.devices.size
+        self._devices, self._rows = mesh.devices.size, rows
         params = jax.device_put(params, sharding.replicated(mesh))
         self._encode = jax.jit(lambda images: vae.apply({"params": params}, images, method="encode"))
         self._put = jax.device_put
@@ -49,93 +64,176 @@ class Encoder:
     def latents(self, images: np.ndarray) -> np.ndarray:
         """(b, H, W, 3) in [-1, 1] to latents, split over the local devices."""
         count = len(images)
-        padding = -count % self._devices
+        padding = max(self._rows, count) - count
+        padding += -(count + padding) % self._devices
         if padding:
             images = np.concatenate([images, images[-1:].repeat(padding, 0)])
         return np.asarray(self._encode(self._put(images, self._batch)))[:count]
 
-    def examples(self, records: Sequence[dict[str, Any]]) -> list[latent_data.Example]:
-        """Encoded examples of decoded records."""
-        targets = pictures.to_float(np.stack([r["target"] for r in records]))
-        editing = [i for i, r in enumerate(records) if r["source"] is not None]
-        target_latents, source_latents, changed = self.latents(targets), {}, {}
+    def examples(self, items: Sequence[transforms.Item]) -> list[latent_data.Example]:
+        """Encoded examples of samples of one size, whose prompts the text encoder takes."""
+        targets = self.latents(pictures.to_float(np.stack([item.target for item in items])))
+        editing, sources = [i for i, item in enumerate(items) if item.source is not None], {}
         if editing:
-            sources = pictures.to_float(np.stack([records[i]["source"] for i in editing]))
-            source_latents = dict(zip(editing, self.latents(sources), strict=True))
-            for i in editing:
-                levels = np.abs(records[i]["source"].astype(np.int16) - records[i]["target"])
-                differs = (levels > CHANGED).any(-1)
-                changed[i] = pool(differs, self.config.downsampling)
-        states = self.text.encode([PromptRequest(r["task"], r["text"]) for r in records])
+            given = self.latents(pictures.to_float(np.stack([items[i].source for i in editing])))
+            sources = dict(zip(editing, given, strict=True))
+        states = self.text.encode([request_of(item) for item in items])
         lengths = states.mask.sum(1).astype(int)
         return [
             latent_data.Example(
-                id=r["id"],
-                task=r["task"],
-                text=r["text"],
-                target=target_latents[i],
-                source=source_latents.get(i),
-                changed=changed.get(i),
+                id=item.id,
+                task=item.task,
+                text=item.text,
+                target=targets[i],
+                source=sources.get(i),
+                changed=latent_data.pool(item.changed, self.config.downsampling) if i in sources else None,
                 states=states.states[i, : lengths[i]],
-                size=(r["target"].shape[1], r["target"].shape[0]),
+                size=(item.target.shape[1], item.target.shape[0]),
             )
-            for i, r in enumerate(records)
+            for i, item in enumerate(items)
         ]
-
-
-def pool(mask: np.ndarray, factor: int) -> np.ndarray:
-    """(H, W) booleans to the share of true ones in each factor x factor cell."""
-    h, w = mask.shape
-    return mask.reshape(h // factor, factor, w // factor, factor).mean((1, 3), dtype=np.float32)
 
 
 def precompute(config: PrecomputeConfig, output: Path, host: int = 0, hosts: int = 1) -> None:
     """Writes the shards of this host that are missing; whoever sees all of them writes `info.json`."""
-    from dreamlite_jax.data.sprites import builder as sprites
-    from dreamlite_jax.text.cache import CachedEncoder
-    from dreamlite_jax.text.load import load_encoder
-
     cli.check_writable("--output", output)
     if not 0 <= host < hosts:
         raise UserError(f"--host {host} is not below --hosts {hosts}")
-    task, _, size = config.source.name.partition("_")
-    if not size.isdecimal():
-        name = config.source.name
-        raise UserError(f"config.source.name is {name!r}; it must be a data set and a size, such as t2i_64")
     refuse_foreign(output)
-    records = sprites.open_split(config.source.path, task, int(size), config.source.split)
+    source = open_source(config.source)
+    sizes = source_sizes(config.buckets, [source])
     vae_file = vae_path(config.vae)
-    made_of = {"config": to_dict(config), "vae_sha256": sha256(vae_file), "records": len(records)}
+    made_of = {"config": to_dict(config), "vae_sha256": sha256(vae_file), "records": len(source)}
     refuse_other(output, made_of)
-    count = -(-len(records) // config.shard_size)
-    todo = [i for i in range(host, count, hosts) if not latent_data.shard_path(output, i, count).is_file()]
+    count = -(-len(source) // config.shard_size)
+    several = len(sizes) > 1
+    todo = [i for i in range(host, count, hosts) if not shard_is_done(output, i, count, several)]
     if not todo and (output / "info.json").is_file():
-        print(f"{output}: complete, {len(records)} records", file=sys.stderr)
+        print(f"{output}: complete, {len(source)} records", file=sys.stderr)
         return
-    encoder = Encoder(vae_file, CachedEncoder(load_encoder(config.text), capacity=50_000, image_in_key=False))
+    bad = BadRecords(log_path(output, host), config.max_bad_fraction, len(source))
+    bad.shards(config.source.path, source.missing, source.missing_share)
+    encoder = Encoder(vae_file, text_encoder(config.text), config.batch_size if several else 0)
+    check_sizes(sizes, encoder.config.downsampling)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "made_of.json", made_of)
-    progress = Progress(sum(min(config.shard_size, len(records) - i * config.shard_size) for i in todo), len(records))
+    work = Work(config, source, sizes, encoder, bad)
+    progress = Progress(sum(min(config.shard_size, len(source) - i * config.shard_size) for i in todo), len(source))
     for i in todo:
-        chunk = range(i * config.shard_size, min((i + 1) * config.shard_size, len(records)))
-        examples = encode_range(records, chunk, encoder, config.batch_size, progress)
-        latent_data.write_shard(latent_data.shard_path(output, i, count), examples)
-    if all(latent_data.shard_path(output, i, count).is_file() for i in range(count)):
+        chunk = range(i * config.shard_size, min((i + 1) * config.shard_size, len(source)))
+        path = latent_data.shard_path(output, i, count)
+        latent_data.write_shard(path, work.examples(chunk, progress, buckets_path(path) if several else None))
+    if all(shard_is_done(output, i, count, several) for i in range(count)):
         null = encoder.text.encode([PromptRequest("null", "")])
         info = {"shards": count, **made_of, "vae": to_dict(encoder.config)}
+        if several:
+            tables = [np.load(buckets_path(latent_data.shard_path(output, i, count))) for i in range(count)]
+            write_array(output / latent_data.BUCKETS, np.concatenate(tables))
+            info["buckets"] = [list(size) for size in sizes]
         latent_data.write_info(output, info, null.states[0, : int(null.mask[0].sum())])
+    if bad.count:
+        print(f"left out {bad.count} records; they are named in {bad.path}", file=sys.stderr)
 
 
-def encode_range(
-    records: Sequence[Any], indices: range, encoder: Encoder, batch_size: int, progress: "Progress"
-) -> Iterator[latent_data.Example]:
-    from dreamlite_jax.data.sprites.builder import decode
+def text_encoder(config: TextConfig) -> PromptEncoder:
+    """The encoder with a memory: of many prompts where words are all it reads, of few where pictures count too."""
+    from dreamlite_jax.text.cache import CachedEncoder
+    from dreamlite_jax.text.load import load_encoder
 
-    for start in range(indices.start, indices.stop, batch_size):
-        batch = [decode(records[i]) for i in range(start, min(start + batch_size, indices.stop))]
-        examples = encoder.examples(batch)
+    words_only = config.encoder == "minilm"
+    return CachedEncoder(load_encoder(config), 50_000 if words_only else 64, image_in_key=not words_only)
+
+
+def check_sizes(sizes: Sequence[Size], downsampling: int) -> None:
+    """Raises `UserError` unless the autoencoder takes every bucket."""
+    for size in sizes:
+        if any(side % downsampling for side in size):
+            raise UserError(
+                f"config.buckets gives pictures of {size[0]}x{size[1]}; the autoencoder needs multiples of "
+                f"{downsampling} pixels: set config.buckets.multiple"
+            )
+
+
+def shard_is_done(output: Path, index: int, count: int, several: bool) -> bool:
+    path = latent_data.shard_path(output, index, count)
+    return path.is_file() and (not several or buckets_path(path).is_file())
+
+
+def buckets_path(shard: Path) -> Path:
+    """Where a shard's buckets are until all shards are there."""
+    return shard.with_suffix(".buckets.npy")
+
+
+class Work:
+    """One source on its way through decoding, bucketing and encoding."""
+
+    def __init__(
+        self, config: PrecomputeConfig, source: Source, sizes: Sequence[Size], encoder: Encoder, bad: BadRecords
+    ):
+        self.config, self.source, self.sizes, self.encoder, self.bad = config, source, sizes, encoder, bad
+
+    def examples(self, chunk: range, progress: "Progress", buckets: Path | None) -> Iterator[latent_data.Example]:
+        """Examples of these records in batches of one size each; at the end the file `buckets` says which had which."""
+        piles: dict[int, list[tuple[int, transforms.Item]]] = {}
+        order: list[int] = []
+        with ThreadPoolExecutor(self.config.threads) as pool:
+            loaded = ahead(pool, self._load, chunk, 2 * self.config.batch_size)
+            for index, (bucket, item) in zip(chunk, loaded, strict=True):
+                self.bad.read(1)
+                if isinstance(item, BadRecord):
+                    self._leave_out(index, item)
+                    progress.skip()
+                    continue
+                pile = piles.setdefault(bucket, [])
+                pile.append((index, item))
+                if len(pile) == self.config.batch_size:
+                    yield from self._encoded(bucket, piles.pop(bucket), order, progress)
+        for bucket in sorted(piles):
+            yield from self._encoded(bucket, piles[bucket], order, progress)
+        if buckets is not None:
+            write_array(buckets, np.asarray(order, np.uint16))
+
+    def _load(self, index: int) -> tuple[int, transforms.Item | BadRecord]:
+        try:
+            record, bucket = self.source[index], 0
+            if len(self.sizes) > 1:
+                bucket = int(nearest_bucket(self.sizes, np.asarray([transforms.picture_size(record.target)]))[0])
+            levels = self.config.source.changed_levels
+            return bucket, transforms.item(record, self.sizes[bucket], changed_levels=levels)
+        except BadRecord as error:
+            return 0, error
+
+    def _leave_out(self, index: int, error: Exception) -> None:
+        source = self.config.source
+        self.bad.add(f"{source.path} {source.name}".strip(), self.source.name(index), str(error))
+
+    def _encoded(
+        self, bucket: int, pile: list[tuple[int, transforms.Item]], order: list[int], progress: "Progress"
+    ) -> list[latent_data.Example]:
+        try:
+            examples = self.encoder.examples([item for _, item in pile])
+        except UserError:  # a prompt that is too long; without it the others are fine
+            refused = dict(refusals(self.encoder.text, [request_of(item) for _, item in pile]))
+            if not refused:
+                raise
+            for row, error in refused.items():
+                self._leave_out(pile[row][0], error)
+                progress.skip()
+            kept = [entry for row, entry in enumerate(pile) if row not in refused]
+            return self._encoded(bucket, kept, order, progress) if kept else []
+        order += [bucket] * len(examples)
         progress.add(examples)
-        yield from examples
+        return examples
+
+
+def ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], values: Iterable[T], count: int) -> Iterator[R]:
+    """`map` over a pool that keeps at most `count` results waiting."""
+    values = iter(values)
+    running = deque(pool.submit(function, value) for value in itertools.islice(values, count))
+    while running:
+        result = running.popleft().result()
+        running.extend(pool.submit(function, value) for value in itertools.islice(values, 1))
+        yield result
 
 
 class Progress:
@@ -144,6 +242,10 @@ class Progress:
     def __init__(self, todo: int, total: int):
         self._todo, self._total, self._done = todo, total, 0
         self._started = self._printed = time.monotonic()
+
+    def skip(self) -> None:
+        """A record was left out."""
+        self._todo -= 1
 
     def add(self, examples: Sequence[latent_data.Example]) -> None:
         now = time.monotonic()
@@ -166,6 +268,13 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def write_array(path: Path, array: np.ndarray) -> None:
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several hosts may get here at the same moment
+    with temporary.open("wb") as file:
+        np.save(file, array)
+    temporary.replace(path)
+
+
 def write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several hosts may get here at the same moment
     temporary.write_text(json.dumps(value, indent=1))
@@ -183,7 +292,11 @@ def refuse_foreign(output: Path) -> None:
 def refuse_other(output: Path, made_of: dict[str, Any]) -> None:
     """Raises `UserError` when the folder was made from other settings."""
     path = output / "made_of.json"
-    if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(made_of)):
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text())
+    known = to_dict(from_dict(PrecomputeConfig, found["config"], f"{path}: config"))  # with fields that are newer
+    if found | {"config": known} != json.loads(json.dumps(made_of)):
         raise UserError(
             f"--output {output} was made with other settings (see {path}); choose another folder or remove it"
         )

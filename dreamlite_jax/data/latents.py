@@ -1,10 +1,11 @@
 """Precomputed examples: latents and text states in ArrayRecord shards, written by `precompute`, read by training.
 
 A folder holds `latents-00000-of-00004.array_record`, …, and `info.json`, written last: without it the folder is
-incomplete.
+incomplete. Where its pictures have several sizes, `info.json` lists them and `buckets.npy` says which each record has.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import uuid
@@ -16,10 +17,15 @@ import grain
 import msgpack
 import numpy as np
 
+from dreamlite_jax.data import reading
+from dreamlite_jax.data.buckets import Size
+from dreamlite_jax.data.reading import BadRecords
+from dreamlite_jax.data.sources import BadRecord
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training.config import SourceConfig
 
 FORMAT = 1
+BUCKETS = "buckets.npy"  # the bucket of each record, where a folder has several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +143,8 @@ def collate(example: Example, text_length: int) -> dict[str, np.ndarray]:
         )
     text = np.zeros((text_length, width), np.float32)
     text[:tokens] = example.states
-    weight = np.ones(example.target.shape[:2], np.float32)
-    if example.changed is not None and example.changed.any():
-        ratio = example.changed.size / example.changed.sum()
-        weight += (example.changed > 0) * np.log2(ratio).astype(np.float32)
+    changed = np.zeros(example.target.shape[:2]) if example.changed is None else example.changed
+    weight = region_weight(changed)
     return {
         "target": example.target,
         "source": np.zeros_like(example.target) if example.source is None else example.source,
@@ -152,23 +156,136 @@ def collate(example: Example, text_length: int) -> dict[str, np.ndarray]:
     }
 
 
+def pool(mask: np.ndarray, factor: int) -> np.ndarray:
+    """(H, W) booleans to the share of true ones in each factor x factor cell."""
+    h, w = mask.shape
+    return mask.reshape(h // factor, factor, w // factor, factor).mean((1, 3), dtype=np.float32)
+
+
+def region_weight(changed: np.ndarray) -> np.ndarray:
+    """(h, w) weight of the edit loss where this share of each latent pixel's area changes; see `collate`."""
+    weight = np.ones(changed.shape, np.float32)
+    if changed.any():
+        weight += (changed > 0) * np.log2(changed.size / changed.sum()).astype(np.float32)
+    return weight
+
+
+class LatentReader:
+    """Examples of latent folders as rows of a batch (`reading.Reader`).
+
+    Attributes:
+      sizes: (width, height) in pixels of the buckets of all folders together, and the bucket of each record.
+    """
+
+    def __init__(self, configs: Sequence[SourceConfig], text_length: int):
+        self.configs, self.text_length = tuple(configs), text_length
+        self.infos = [read_info(config.path) for config in configs]
+        self._open()
+        self.lengths = tuple(len(records) for records in self._records)
+        own = [self._own_sizes(i) for i in range(len(self.configs))]
+        self.sizes: list[Size] = sorted(set(itertools.chain(*own)))
+        self.bucket_of = [self._buckets(i, sizes) for i, sizes in enumerate(own)]
+
+    def _open(self) -> None:
+        self._records = [open_examples(config.path) for config in self.configs]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_records"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def _own_sizes(self, source: int) -> list[Size]:
+        """Sizes in one folder; one that lists none has that of its first readable record alone."""
+        if sizes := self.infos[source].get("buckets"):
+            return [tuple(size) for size in sizes]
+        return [self._example(source, reading.read(_Sizes(self), source, 0, 0).index).size]
+
+    def _buckets(self, source: int, sizes: Sequence[Size]) -> np.ndarray | None:
+        numbers = np.asarray([self.sizes.index(size) for size in sizes], np.int32)
+        if len(sizes) > 1:
+            table = np.load(Path(self.configs[source].path) / BUCKETS)
+            if len(table) != self.lengths[source]:
+                raise UserError(f"{self.configs[source].path}/{BUCKETS} is not of these shards; precompute again")
+            return numbers[table]
+        return None if numbers[0] == 0 else np.full(self.lengths[source], numbers[0], np.int32)
+
+    def _example(self, source: int, index: int) -> Example:
+        try:
+            return unpack(self._records[source][index])
+        except Exception as error:  # of msgpack and of the library, which raise nearly anything
+            raise BadRecord(f"cannot be read ({error}); the record or its shard is damaged") from None
+
+    def load(self, source: int, index: int, bucket: int) -> dict[str, np.ndarray]:
+        del bucket  # latents have the size they were made with
+        try:
+            return collate(self._example(source, index), self.text_length)
+        except UserError as error:
+            raise BadRecord(str(error)) from None
+
+    def name(self, source: int, index: int) -> str:
+        return f"record {index}"
+
+
+@dataclasses.dataclass
+class _Sizes:
+    """Reads a folder before its sizes are known."""
+
+    reader: LatentReader
+
+    def __post_init__(self):
+        self.lengths, self.bucket_of = self.reader.lengths, [None] * len(self.reader.lengths)
+        self.load, self.name = lambda source, index, _: self.reader._example(source, index), self.reader.name
+
+
+class _Rows:
+    """Rows of one folder by index, for grain; bad ones replaced."""
+
+    def __init__(self, reader: LatentReader, source: int, bad: BadRecords):
+        self._reader, self._source, self._bad = reader, source, bad
+
+    def __len__(self) -> int:
+        return self._reader.lengths[self._source]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        loaded = reading.read(self._reader, self._source, int(index), 0)
+        self._bad.read(1)
+        for record, reason in loaded.bad:
+            self._bad.add(self._reader.configs[self._source].path, record, reason)
+        return loaded.item
+
+
 def mixture(
     sources: Sequence[SourceConfig], *, batch_size: int, text_length: int, seed: int, threads: int,
-    host: int = 0, hosts: int = 1,
+    host: int = 0, hosts: int = 1, bad: BadRecords | None = None,
 ) -> grain.IterDataset:  # fmt: skip
     """Endless, exact, deterministic mixture of latent folders: the union over hosts is the same for any host count.
 
+    Where pictures have several sizes, every batch is of one (`mixture.Batches`).
+
     Args:
       batch_size: of all hosts together.
+      bad: counts records that cannot be used; None stops at more than one in a hundred.
     """
-    if batch_size % hosts:
-        raise UserError(f"data.batch_size {batch_size} is not a multiple of the {hosts} hosts")
-    streams = [
-        grain.MapDataset.source(open_examples(source.path)).seed(seed + i).shuffle().repeat()
-        for i, source in enumerate(sources)
-    ]
+    from dreamlite_jax.data.forms import Latents
+    from dreamlite_jax.data.mixture import Batches, check_hosts
+
+    check_hosts(batch_size, hosts)
+    reader = LatentReader(sources, text_length)
+    bad = bad or BadRecords(None, 0.01, sum(reader.lengths))
     weights = [source.weight for source in sources]
+    if len(reader.sizes) > 1:
+        vae, width = reader.infos[0]["vae"], len(reader.infos[0]["null_states"][0])
+        factor = 2 ** (len(vae["encoder_blocks"]) - 1)
+        shapes = [(height // factor, width_ // factor, vae["latent_channels"]) for width_, height in reader.sizes]
+        return Batches(
+            reader, Latents(shapes, text_length, width), weights=weights, batch_size=batch_size, seed=seed, bad=bad,
+            threads=threads, host=host, hosts=hosts,
+        )  # fmt: skip
+    streams = [
+        grain.MapDataset.source(_Rows(reader, i, bad)).seed(seed + i).shuffle().repeat() for i in range(len(sources))
+    ]
     stream = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
-    stream = stream[host::hosts].map(lambda record: collate(unpack(record), text_length))
-    stream = stream.batch(batch_size // hosts, drop_remainder=True)
+    stream = stream[host::hosts].batch(batch_size // hosts, drop_remainder=True)
     return stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(1, threads)))

@@ -1,0 +1,239 @@
+"""Batches of a mixture of sources, each of one bucket: exact, deterministic, sharded by host, resumable to the sample.
+
+Global batch k is the same set of samples for any number of hosts, and what the iterator saves is the same on every one.
+"""
+
+import multiprocessing
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from dreamlite_jax.data import reading
+from dreamlite_jax.data.buckets import Plan, Size, Stream, bucket_sizes
+from dreamlite_jax.data.index import bucket_table
+from dreamlite_jax.data.reading import BadRecords, Loaded, Reader
+from dreamlite_jax.data.sources import Source, open_source
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest, PromptStates
+from dreamlite_jax.training.config import BucketConfig, DataConfig
+
+GROUP = 8  # samples that a worker reads in one go
+AHEAD = 2  # batches read ahead of the one in use
+
+Batch = dict[str, np.ndarray]
+
+
+class Form(Protocol):
+    """How samples become a batch."""
+
+    def empty(self, bucket: int, rows: int) -> Batch:
+        """Arrays for a batch."""
+
+    def fill(self, batch: Batch, row: int, item: Any) -> None:
+        """Writes one sample into its row; called from several threads, for different rows."""
+
+    def request(self, item: Any) -> PromptRequest:
+        """What the text encoder is asked for a sample."""
+
+
+def check_hosts(batch_size: int, hosts: int) -> None:
+    if batch_size % hosts:
+        raise UserError(f"data.batch_size {batch_size} is not a multiple of the {hosts} hosts")
+
+
+class Batches(grain.IterDataset):
+    """Endless batches of this host.
+
+    Args:
+      weights: of each of the reader's sources.
+      batch_size: of all hosts together.
+      threads, processes: that read; processes, if there are any, do the work and threads only wait for them.
+      bad: where records that cannot be used are counted.
+      encoder: gives each batch `text` (b, s, d) and `mask` (b, s) of `text_length` tokens; None gives none.
+    """
+
+    def __init__(
+        self, reader: Reader, form: Form, *, weights: Sequence[float], batch_size: int, seed: int, bad: BadRecords,
+        threads: int, processes: int = 0, host: int = 0, hosts: int = 1, encoder: PromptEncoder | None = None,
+        text_length: int = 0,
+    ):  # fmt: skip
+        super().__init__()
+        check_hosts(batch_size, hosts)
+        self.reader, self.form, self.bad = reader, form, bad
+        self.batch_size, self.host, self.hosts = batch_size, host, hosts
+        self.threads, self.processes = max(1, threads), processes
+        self.encoder, self.text_length = encoder, text_length
+        self._stream = Stream(tuple(reader.lengths), tuple(weights), seed)
+
+    def plan(self) -> Plan:
+        """The order of global batches, from its beginning."""
+        return Plan(self._stream, self.reader.bucket_of, self.batch_size)
+
+    def __iter__(self) -> "BatchIterator":
+        return BatchIterator(self)
+
+
+def raw_batches(
+    data: DataConfig, make_form: Callable[[Sequence[Size]], Form], *, seed: int, host: int = 0, hosts: int = 1,
+    log: Path | None = None, encoder: PromptEncoder | None = None,
+) -> Batches:  # fmt: skip
+    """Batches of raw sources.
+
+    Args:
+      make_form: the form of a batch, given the buckets' sizes (width, height).
+      log: file to name bad records in.
+      encoder: see `Batches`.
+
+    Raises:
+      UserError: a source cannot be opened, or too much of it is missing.
+    """
+    sources = [open_source(config) for config in data.sources]
+    bad = BadRecords(log, data.max_bad_fraction, sum(map(len, sources)))
+    for config, source in zip(data.sources, sources, strict=True):
+        bad.shards(config.path, source.missing, source.missing_share)
+    sizes = source_sizes(data.buckets, sources)
+    tables: list[np.ndarray | None] = [None] * len(sources)
+    if len(sizes) > 1:
+        pairs = zip(sources, data.sources, strict=True)
+        tables = [bucket_table(source, config, sizes, data.threads) for source, config in pairs]
+    reader = reading.RawReader(data.sources, sizes, tables)
+    return Batches(
+        reader, make_form(sizes), weights=[config.weight for config in data.sources], batch_size=data.batch_size,
+        seed=seed, bad=bad, threads=data.threads, processes=data.processes, host=host, hosts=hosts, encoder=encoder,
+        text_length=data.text_length,
+    )  # fmt: skip
+
+
+def source_sizes(config: BucketConfig, sources: Sequence[Source]) -> list[Size]:
+    """The buckets of raw sources. Raises `UserError` where the config leaves out what the sources do not say."""
+    if config.size:
+        return list(bucket_sizes(config))
+    own = {getattr(source, "size", 0) for source in sources}
+    if len(own) > 1 or own == {0}:
+        raise UserError("config.buckets.size is 0; pictures other than sprites of one size need one, such as 256")
+    return [(size, size) for size in own]
+
+
+class BatchIterator(grain.DatasetIterator):
+    """Reads ahead with a pool of workers; its state is that of the plan after the batch that was last given out."""
+
+    def __init__(self, batches: Batches):
+        super().__init__()
+        self._batches, self._plan = batches, batches.plan()
+        self._state = self._plan.state()
+        self._reading: deque[_Pending] = deque()
+        workers = batches.processes or batches.threads
+        self._threads = ThreadPoolExecutor(workers, "reader")
+        pools: list[Any] = [self._threads]
+        self._load: Callable[[Sequence[tuple[int, int]], int], list[Loaded]] = self._load_here
+        if batches.processes:
+            pool = ProcessPoolExecutor(
+                workers, multiprocessing.get_context("forkserver"), reading.start_worker, (batches.reader,)
+            )
+            pools.append(pool)
+            self._load = lambda samples, bucket: pool.submit(reading.read_in_worker, samples, bucket).result()
+        self._finalizer = weakref.finalize(self, _shut_down, pools)
+
+    def __next__(self) -> Batch:
+        while len(self._reading) <= AHEAD:
+            self._reading.append(_Pending(self))
+        pending = self._reading.popleft()
+        loaded = pending.wait()
+        batches = self._batches
+        batches.bad.read(len(loaded))
+        for (source, _), sample in zip(pending.samples, loaded, strict=True):
+            for record, reason in sample.bad:
+                batches.bad.add(self._source_name(source), record, reason)
+        if batches.encoder is not None:
+            states = self._encode(pending, loaded)
+            pending.batch["text"], pending.batch["mask"] = states.states, states.mask
+        self._state = pending.state
+        return pending.batch
+
+    def _load_here(self, samples: Sequence[tuple[int, int]], bucket: int) -> list[Loaded]:
+        return [reading.read(self._batches.reader, source, index, bucket) for source, index in samples]
+
+    def _source_name(self, source: int) -> str:
+        config = self._batches.reader.configs[source]
+        return f"{config.path} {config.name}".strip()
+
+    def _encode(self, pending: "_Pending", loaded: list[Loaded]) -> PromptStates:
+        """States of the batch's prompts. A prompt that the encoder refuses makes its record a bad one."""
+        batches = self._batches
+        refused: dict[int, list[int]] = {}
+        while True:
+            requests = [batches.form.request(sample.item) for sample in loaded]
+            try:
+                return batches.encoder.encode(requests, batches.text_length)
+            except UserError:
+                if not (bad := refusals(batches.encoder, requests, batches.text_length)):
+                    raise
+            for row, error in bad:
+                source, index = pending.samples[row]
+                name = batches.reader.name(source, loaded[row].index)
+                batches.bad.add(self._source_name(source), name, str(error))
+                refused.setdefault(row, []).append(loaded[row].index)
+                loaded[row] = reading.read(batches.reader, source, index, pending.bucket, refused[row])
+                batches.form.fill(pending.batch, row, loaded[row].item)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._plan = self._batches.plan()
+        self._plan.restore(state)
+        self._state = self._plan.state()
+        self._reading.clear()
+
+    def close(self) -> None:
+        """Stops the workers."""
+        self._reading.clear()
+        self._finalizer()
+        super().close()
+
+
+def refusals(
+    encoder: PromptEncoder, requests: Sequence[PromptRequest], length: int | None = None
+) -> list[tuple[int, UserError]]:
+    """Which of the prompts an encoder does not take, and why."""
+    found = []
+    for row, request in enumerate(requests):
+        try:
+            encoder.encode([request], length)
+        except UserError as error:
+            found.append((row, error))
+    return found
+
+
+def _shut_down(pools: Sequence[Any]) -> None:
+    for pool in pools:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Pending:
+    """A batch that is being read: this host's samples, its arrays and the plan's state after it."""
+
+    def __init__(self, iterator: BatchIterator):
+        batches = iterator._batches
+        self.bucket, samples = iterator._plan.next()
+        self.state = iterator._plan.state()
+        mine = samples[batches.host :: batches.hosts].tolist()
+        self.samples: list[tuple[int, int]] = [(source, index) for source, index in mine]
+        self.batch = batches.form.empty(self.bucket, len(self.samples))
+        starts = range(0, len(self.samples), GROUP)
+        self._groups: list[Future] = [iterator._threads.submit(self._read, iterator, start) for start in starts]
+
+    def _read(self, iterator: BatchIterator, start: int) -> list[Loaded]:
+        loaded = iterator._load(self.samples[start : start + GROUP], self.bucket)
+        for row, sample in enumerate(loaded, start):
+            iterator._batches.form.fill(self.batch, row, sample.item)
+        return loaded
+
+    def wait(self) -> list[Loaded]:
+        return [sample for group in self._groups for sample in group.result()]
