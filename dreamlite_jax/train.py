@@ -1,4 +1,10 @@
-"""Trains one stage: python -m dreamlite_jax.train --config configs/quickstart.py:t2i --workdir DIR [--config.x=9] …"""
+"""Trains one stage: python -m dreamlite_jax.train --config configs/quickstart.py:t2i --workdir DIR [--config.x=9] …
+
+The same command again goes on from the last checkpoint. Exit codes: 0 done, 2 bad input, 75 (`exit_codes.PREEMPTED`)
+stopped by SIGTERM or ahead of a machine's maintenance with everything saved: run it again. On several hosts every host
+runs the same command with the same --workdir on storage that all of them share; TPU hosts find each other, others are
+told by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID or by the flags of those names.
+"""
 
 import argparse
 import shutil
@@ -6,41 +12,51 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreamlite_jax import cli
+from dreamlite_jax import cli, exit_codes
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training.config import TrainConfig, load_config
 
 OVERRIDE = "--config."
-OWN = {
+OWN = {  # what a run leaves in its workdir
     "checkpoints",
+    "damaged",
     "metrics.jsonl",
     "metrics.tmp",
     "tensorboard",
     "grids",
+    "profile",
     "model",
-}  # what a run leaves in its workdir
+}
 PARTIAL_EXPORT = ".model."  # what `model_folder.new_folder` calls "model" while it is being written
 
 
-def build_stage(config: TrainConfig):
-    """The stage that a config asks for."""
+def stage_class(config: TrainConfig) -> type:
+    """The kind of stage that a config asks for."""
     if config.stage == "vae":
         from dreamlite_jax.training.stages.vae import VAEStage
 
-        return VAEStage(config)
+        return VAEStage
     from dreamlite_jax.training.stages.flow_matching import FlowMatchingStage
 
-    return FlowMatchingStage(config)
+    return FlowMatchingStage
+
+
+def build_stage(config: TrainConfig):
+    """The stage that a config asks for, with what it needs to know of its data read."""
+    return stage_class(config)(config)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
     """Arguments and the validated config; nothing has touched a device yet."""
-    parser = cli.Parser(prog="python -m dreamlite_jax.train", description=__doc__)
+    parser = cli.Parser(prog="python -m dreamlite_jax.train", description=__doc__.partition("\n")[0])
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
     parser.add_argument(
         "--workdir", required=True, type=Path, help="checkpoints, metrics, grids and the exported model"
     )
     parser.add_argument("--check", action="store_true", help="validate config, data and shapes, then stop")
+    parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="address of process 0")
+    parser.add_argument("--num_processes", default="", metavar="N", help="processes of this run, one a host")
+    parser.add_argument("--process_id", default="", metavar="I", help="which of them this is, from 0")
     overrides = [a[len(OVERRIDE) :] for a in argv if a.startswith(OVERRIDE)]
     args = parser.parse_args([a for a in argv if not a.startswith(OVERRIDE)])
     return args, load_config(args.config, overrides)
@@ -62,12 +78,15 @@ def prepare_workdir(workdir: Path) -> None:
     """Creates the folder, and clears away the export that a kill cut short."""
     workdir.mkdir(parents=True, exist_ok=True)
     for partial in workdir.glob(f"{PARTIAL_EXPORT}*"):
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)  # another process of this run may be at it too
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, config = parse(sys.argv[1:] if argv is None else argv)
     check_workdir(args.workdir)
+    from dreamlite_jax.training import distributed
+
+    distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     stage = build_stage(config)
     if args.check:
         import jax
@@ -78,10 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line)
         jax.clear_caches()
         return 0
+    from dreamlite_jax.training.errors import Preempted
     from dreamlite_jax.training.loop import train
 
     prepare_workdir(args.workdir)
-    train(config, stage, args.workdir)
+    try:
+        train(config, stage, args.workdir)
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        return exit_codes.PREEMPTED
     return 0
 
 

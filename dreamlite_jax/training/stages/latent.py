@@ -12,13 +12,14 @@ import numpy as np
 
 from dreamlite_jax import pictures
 from dreamlite_jax.assets import vae_path
-from dreamlite_jax.config import to_dict
+from dreamlite_jax.config import VAEConfig, to_dict
 from dreamlite_jax.data import latents as latent_data
 from dreamlite_jax.diffusion import flow, guidance, panels, sampler
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.model_folder import load_config, load_params, load_vae, save_model
+from dreamlite_jax.model_folder import MANIFEST, load_config, load_params, load_vae, save_model
 from dreamlite_jax.models.unet import UNet, dummy_inputs
 from dreamlite_jax.models.vae import VAE
+from dreamlite_jax.training import checkpoint, sharding
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.types import Array, Float, Latent, PerSample, Scalar, TextMask, TextStates, TimeIds
 
@@ -37,50 +38,72 @@ class Noised(NamedTuple):
     velocity: Latent
 
 
+class Facts(NamedTuple):
+    """Of the data: their autoencoder, its parameters, and the states (s, d) of the empty prompt."""
+
+    vae_config: VAEConfig
+    vae_params: Any
+    null_states: np.ndarray
+
+
 class LatentStage:
     """A U-Net, its autoencoder, and batches of latents and text states. A kind of training adds its loss or step."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        data = config.data
+        self.vae_config, self.vae_params, self.null_states = self.facts()
+        self.dtype = jnp.bfloat16 if config.dtype == "bfloat16" else jnp.float32
+        self.model = UNet(config.model.unet, self.dtype, config.remat, remat_keep=config.remat_keep)
+
+    def facts(self) -> Facts:
+        """What must be known of the data before any is read; raises `UserError` where it does not fit the config."""
+        config, data = self.config, self.config.data
         infos = [latent_data.read_info(source.path) for source in (*data.sources, *data.validation)]
-        self.vae_config, self.vae_params = load_vae(vae_path(config.vae))
+        vae_config, vae_params = load_vae(vae_path(config.vae))
         for source, info in zip((*data.sources, *data.validation), infos, strict=True):
-            if info["vae"] != to_dict(self.vae_config):
+            if info["vae"] != to_dict(vae_config):
                 raise UserError(f"{source.path} holds latents of another autoencoder than config.vae; precompute again")
-        if config.model.vae != self.vae_config:
-            raise UserError(f"config.model.vae is {config.model.vae}, but the autoencoder file holds {self.vae_config}")
-        self.null_states = np.asarray(infos[0]["null_states"], np.float32)
-        if self.null_states.shape[1] != config.model.unet.text_dim:
+        if config.model.vae != vae_config:
+            raise UserError(f"config.model.vae is {config.model.vae}, but the autoencoder file holds {vae_config}")
+        null_states = np.asarray(infos[0]["null_states"], np.float32)
+        if null_states.shape[1] != config.model.unet.text_dim:
             raise UserError(
                 f"config.model.unet.text_dim is {config.model.unet.text_dim}, but the data have text states of width "
-                f"{self.null_states.shape[1]}"
+                f"{null_states.shape[1]}"
             )
-        self.dtype = jnp.bfloat16 if config.dtype == "bfloat16" else jnp.float32
-        self.model = UNet(config.model.unet, self.dtype, config.remat)
+        return Facts(vae_config, vae_params, null_states)
 
     # --- parameters
 
     def init_params(self, key: jax.Array) -> Any:
         if not self.config.init_from:
-            return jax.jit(self.model.init)(key, *dummy_inputs(self.config.model.unet))["params"]
-        return self.params_of(self.config.init_from, "init_from")
+            return sharding.born(self.model.init, key, *dummy_inputs(self.config.model.unet))["params"]
+        traced = isinstance(key, jax.core.Tracer)  # when the loop asks for shapes alone, nothing is read
+        return self.params_of(self.config.init_from, "init_from", shapes_only=traced)
 
-    def params_of(self, location: str, field: str) -> Any:
-        """U-Net parameters of a model folder or workdir, which `config.<field>` names."""
+    def params_of(self, location: str, field: str, *, shapes_only: bool = False) -> Any:
+        """U-Net parameters, on the host, of the model folder or workdir that `config.<field>` names."""
         folder = model_of(location)
-        if (found := load_config(folder).unet) != self.config.model.unet:
+        exported = (folder / MANIFEST).exists() or not checkpoint.steps_in(folder)
+        stored = load_config(folder) if exported else from_dict(
+            ModelConfig, checkpoint.saved_config(folder)["model"], f"{folder}: config.model"
+        )  # fmt: skip
+        if (found := stored.unet) != self.config.model.unet:
             raise UserError(
                 f"config.{field} {folder} holds a U-Net of another architecture: {found}; the config asks for "
                 f"{self.config.model.unet}"
             )
-        return jax.tree.map(jnp.asarray, load_params(folder, "unet"))
+        inputs = dummy_inputs(self.config.model.unet)
+        shapes = jax.eval_shape(self.model.init, jax.random.key(0), *inputs)["params"]
+        if shapes_only:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return load_params(folder, "unet") if exported else checkpoint.averaged(folder, shapes)
 
     # --- the network and what it is conditioned on
 
     def velocity(self, params: Any) -> sampler.VelocityFn:
-        """The network with these parameters, as the sampler wants it."""
-        return lambda *inputs: self.model.apply({"params": params}, *inputs)
+        """The network with these parameters, as the sampler wants it; its activations stay where their items are."""
+        return lambda *inputs: self.model.clone(sharding=sharding.activations()).apply({"params": params}, *inputs)
 
     def null_text(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """States (s, d) and mask (s,) of the empty prompt, padded."""
@@ -131,15 +154,28 @@ class LatentStage:
 
     def flow_loss(self, answer: Latent, noised: Noised, batch: Batch) -> tuple[Scalar, dict[str, Scalar]]:
         """Squared error of the velocity on the target panel, weighted on the region that an edit changes."""
-        error = jnp.square(answer - noised.velocity)
+        return self.mean_flow_loss(answer, noised, self.shares(batch))
+
+    def shares(self, batch: Batch) -> dict[str, Array]:
+        """What each item and latent pixel weighs in the means of `mean_flow_loss`: 1 on average over the batch."""
         weight = batch["weight"] if self.config.flow.region_weight else jnp.ones_like(batch["weight"])
-        loss = (weight * error).mean() / weight.mean()
-        per_item, editing = error.mean((1, 2, 3)), batch["editing"]
-        generated, edited = jnp.maximum(len(editing) - editing.sum(), 1.0), jnp.maximum(editing.sum(), 1.0)
-        return loss, {
+        editing, b = batch["editing"], len(batch["editing"])
+        return {
+            "weight": weight / weight.mean(),
+            "generate": (1.0 - editing) * b / jnp.maximum(b - editing.sum(), 1.0),
+            "edit": editing * b / jnp.maximum(editing.sum(), 1.0),
+        }
+
+    def mean_flow_loss(
+        self, answer: Latent, noised: Noised, shares: dict[str, Array]
+    ) -> tuple[Scalar, dict[str, Scalar]]:
+        """`flow_loss` as plain means over items, so that the mean over parts of a batch is that of the batch."""
+        error = jnp.square(answer - noised.velocity)
+        per_item = error.mean((1, 2, 3))
+        return (shares["weight"] * error).mean(), {
             "mse": error.mean(),
-            "mse_generate": (per_item * (1.0 - editing)).sum() / generated,
-            "mse_edit": (per_item * editing).sum() / edited,
+            "mse_generate": (per_item * shares["generate"]).mean(),
+            "mse_edit": (per_item * shares["edit"]).mean(),
         }
 
     # --- data
@@ -216,6 +252,11 @@ class LatentStage:
 
 
 def model_of(location: str) -> Path:
-    """The model folder at `location`, or the one exported into a workdir."""
+    """The model folder at `location`, or the one exported into a workdir if there is one."""
     path = Path(location)
     return path / "model" if (path / "model").is_dir() else path
+
+
+def spread(latents: Latent) -> Scalar:
+    """Standard deviation over the batch, averaged over positions and channels: near 0 when all pictures are alike."""
+    return latents.std(0).mean()
