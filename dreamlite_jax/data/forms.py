@@ -80,11 +80,13 @@ class Latents:
     """Collated examples of latents of several sizes.
 
     Args:
-      shapes: (h, w, c) of each bucket. width: of a text state.
+      shapes: (h, w, c) of each bucket. width: of a text state. extra: further fields of a row, for their shapes.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], text_length: int, width: int):
-        self.shapes, self.text_length, self.width = shapes, text_length, width
+    def __init__(
+        self, shapes: Sequence[tuple[int, int, int]], text_length: int, width: int, extra: Batch | None = None
+    ):
+        self.shapes, self.text_length, self.width, self.extra = shapes, text_length, width, extra or {}
 
     def empty(self, bucket: int, rows: int) -> Batch:
         h, w, c = self.shapes[bucket]
@@ -97,7 +99,8 @@ class Latents:
             "editing": (),
             "size": (2,),
         }
-        return {name: np.empty((rows, *shape), np.float32) for name, shape in shapes.items()}
+        extra = {name: np.empty((rows, *value.shape), value.dtype) for name, value in self.extra.items()}
+        return {name: np.empty((rows, *shape), np.float32) for name, shape in shapes.items()} | extra
 
     def fill(self, batch: Batch, row: int, item: Batch) -> None:
         for name, value in item.items():

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,15 +170,26 @@ def region_weight(changed: np.ndarray) -> np.ndarray:
     return weight
 
 
+Extend = Callable[[str], dict[str, np.ndarray]]
+
+
+def no_fields(text: str) -> dict[str, np.ndarray]:
+    """The `extend` of a reader that needs none."""
+    return {}
+
+
 class LatentReader:
     """Examples of latent folders as rows of a batch (`reading.Reader`).
+
+    Args:
+      extend: more fields of a row, by the example's text; their shapes do not depend on it.
 
     Attributes:
       sizes: (width, height) in pixels of the buckets of all folders together, and the bucket of each record.
     """
 
-    def __init__(self, configs: Sequence[SourceConfig], text_length: int):
-        self.configs, self.text_length = tuple(configs), text_length
+    def __init__(self, configs: Sequence[SourceConfig], text_length: int, extend: Extend = no_fields):
+        self.configs, self.text_length, self.extend = tuple(configs), text_length, extend
         self.infos = [read_info(config.path) for config in configs]
         self._open()
         self.lengths = tuple(len(records) for records in self._records)
@@ -219,8 +230,9 @@ class LatentReader:
 
     def load(self, source: int, index: int, bucket: int) -> dict[str, np.ndarray]:
         del bucket  # latents have the size they were made with
+        example = self._example(source, index)
         try:
-            return collate(self._example(source, index), self.text_length)
+            return collate(example, self.text_length) | self.extend(example.text)
         except UserError as error:
             raise BadRecord(str(error)) from None
 
@@ -258,7 +270,7 @@ class _Rows:
 
 def mixture(
     sources: Sequence[SourceConfig], *, batch_size: int, text_length: int, seed: int, threads: int,
-    host: int = 0, hosts: int = 1, bad: BadRecords | None = None,
+    host: int = 0, hosts: int = 1, bad: BadRecords | None = None, extend: Extend = no_fields,
 ) -> grain.IterDataset:  # fmt: skip
     """Endless, exact, deterministic mixture of latent folders: the union over hosts is the same for any host count.
 
@@ -267,12 +279,13 @@ def mixture(
     Args:
       batch_size: of all hosts together.
       bad: counts records that cannot be used; None stops at more than one in a hundred.
+      extend: see `LatentReader`.
     """
     from dreamlite_jax.data.forms import Latents
     from dreamlite_jax.data.mixture import Batches, check_hosts
 
     check_hosts(batch_size, hosts)
-    reader = LatentReader(sources, text_length)
+    reader = LatentReader(sources, text_length, extend)
     bad = bad or BadRecords(None, 0.01, sum(reader.lengths))
     weights = [source.weight for source in sources]
     if len(reader.sizes) > 1:
@@ -280,8 +293,8 @@ def mixture(
         factor = 2 ** (len(vae["encoder_blocks"]) - 1)
         shapes = [(height // factor, width_ // factor, vae["latent_channels"]) for width_, height in reader.sizes]
         return Batches(
-            reader, Latents(shapes, text_length, width), weights=weights, batch_size=batch_size, seed=seed, bad=bad,
-            threads=threads, host=host, hosts=hosts,
+            reader, Latents(shapes, text_length, width, extend("")), weights=weights, batch_size=batch_size, seed=seed,
+            bad=bad, threads=threads, host=host, hosts=hosts,
         )  # fmt: skip
     streams = [
         grain.MapDataset.source(_Rows(reader, i, bad)).seed(seed + i).shuffle().repeat() for i in range(len(sources))
