@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dreamlite_jax.diffusion import flow, guidance, panels
-from dreamlite_jax.types import Array, Float, Int, Latent, TextMask, TextStates, TimeIds
+from dreamlite_jax.types import Array, Float, Int, Latent, PerSample, TextMask, TextStates, TimeIds
 
 # (canvas, timestep, text, mask, time_ids) -> velocity of the canvas
 VelocityFn = Callable[[Array, Array, Array, Array, Array], Array]
@@ -53,14 +53,14 @@ def condition(
 def guided_velocity(
     velocity: VelocityFn,
     x: Latent,
-    sigma: Float[Array, ""],
+    sigma: Float[Array, ""] | PerSample,
     conditioning: Conditioning,
     time_ids: TimeIds,
     guidance_scale: Float[Array, ""] | float,
     image_guidance_scale: Float[Array, ""] | float,
     layout: panels.Layout = "width",
 ) -> Latent:
-    """Velocity of the target panel at one sigma, all branches in one call of the network."""
+    """Velocity of the target panel at one sigma, or one a sample; all branches in one call of the network."""
     g, b = conditioning.text.shape[:2]
 
     def merge(a: Array) -> Array:
@@ -68,7 +68,7 @@ def guided_velocity(
 
     canvas = panels.compose(jnp.broadcast_to(x, (g, *x.shape)).reshape((g * b, *x.shape[1:])),
                             merge(conditioning.image), layout)  # fmt: skip
-    timestep = jnp.full((g * b,), flow.TIMESTEPS * sigma, jnp.float32)
+    timestep = jnp.broadcast_to(jnp.asarray(flow.TIMESTEPS * sigma, jnp.float32), (g, b)).reshape(g * b)
     sizes = jnp.broadcast_to(time_ids, (g, b, 2)).reshape(g * b, 2)
     out = velocity(canvas, timestep, merge(conditioning.text), merge(conditioning.mask), sizes)
     out = panels.target_half(out, layout)

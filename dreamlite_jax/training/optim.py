@@ -1,5 +1,7 @@
 """AdamW with clipping and a warmup schedule, and the moving average of parameters."""
 
+from typing import Any
+
 import jax
 import optax
 
@@ -30,6 +32,13 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(schedule(config, steps), config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed),
     )
+
+
+def update(optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    """(parameters, optimiser state) after one update."""
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integers; our own arithmetic does not
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def ema_update(ema, params, decay: float, step):

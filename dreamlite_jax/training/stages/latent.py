@@ -181,6 +181,10 @@ class LatentStage:
     # --- data
 
     def dataset(self) -> grain.IterDataset:
+        return self.batches()
+
+    def batches(self, extend: latent_data.Extend = latent_data.no_fields) -> grain.IterDataset:
+        """Batches of the config's sources; `extend` gives each row more fields, by its text."""
         data = self.config.data
         return latent_data.mixture(
             data.sources,
@@ -190,6 +194,7 @@ class LatentStage:
             threads=data.threads,
             host=jax.process_index(),
             hosts=jax.process_count(),
+            extend=extend,
         )
 
     # --- pictures
