@@ -12,7 +12,7 @@ import numpy as np
 
 from dreamlite_jax import pictures
 from dreamlite_jax.assets import vae_path
-from dreamlite_jax.config import VAEConfig, to_dict
+from dreamlite_jax.config import ModelConfig, VAEConfig, from_dict, to_dict
 from dreamlite_jax.data import latents as latent_data
 from dreamlite_jax.diffusion import flow, guidance, panels, sampler
 from dreamlite_jax.errors import UserError
