@@ -1,8 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the pod launchers: settings, dry runs, and what both ask of a training run.
 
-# Exit code of a run that was told to stop and has saved: start it again. The number is training.errors' too.
-export RETRY_CODE=75
+# Exit code of a run that was told to stop and has saved: start it again.
+RETRY_CODE=$(sed -n 's/^PREEMPTED = \([0-9]*\).*/\1/p' "$(dirname "${BASH_SOURCE[0]}")/../dreamlite_jax/exit_codes.py")
+export RETRY_CODE
 
 # want NAME…: stops with one line that lists every setting that is missing.
 want() {

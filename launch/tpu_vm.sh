@@ -92,7 +92,7 @@ setup() {
 
 # on_hosts COMMAND: the shell line that runs it in the checkout, with our environment and the secrets.
 on_hosts() {
-  echo "cd $REMOTE && set -a && { [ ! -f ~/.dreamlite_secrets ] || . ~/.dreamlite_secrets; } && set +a && . launch/env.sh && $1"
+  echo "cd $REMOTE && set -a && { [ ! -f ~/.dreamlite_secrets ] || . ~/.dreamlite_secrets; } && set +a && . launch/env.sh && export JAX_COMPILATION_CACHE_DIR=~/.jax_cache && $1"
 }
 
 preflight() {
