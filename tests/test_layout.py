@@ -7,24 +7,38 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from dreamlite_jax.assets import SPRITES_VAE
-from dreamlite_jax.config import VAEConfig, to_dict
+from dreamlite_jax.config import UNetConfig, VAEConfig, to_dict
 from dreamlite_jax.data import latents
 from dreamlite_jax.data.sprites import builder
-from dreamlite_jax.model_folder import load_vae, save_vae, vae_manifest
-from dreamlite_jax.models.vae import VAE
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.model_folder import load_vae, vae_manifest
 from dreamlite_jax.train import build_stage
-from dreamlite_jax.training import loop
+from dreamlite_jax.training import abstract, loop
 from dreamlite_jax.training.config import PrecomputeConfig, load_config, read_config_file
 
 REPOSITORY = Path(__file__).parents[1]
-TRAINING = {"quickstart.py": ("t2i", "edit", "joint"), "vae.py": ("",)}
-PRECOMPUTE = {"precompute.py": ("", "t2i_64", "edit_64", "edit_128")}
+TRAINING = {
+    "quickstart.py": ("t2i", "edit", "joint"),
+    "quickstart_post.py": ("sft", "refl", "dmd2"),
+    "vae.py": ("",),
+}
+# Quick ones first; the others trace the same network on other shapes.
+FULL_SIZE = {
+    "dreamlite.py": ("t2i_256", "joint", "t2i_512", "t2i_1024", "edit", "sft"),
+    "dreamlite_post.py": ("dmd2",),  # refl reads its rewards first; tests/training/test_refl.py builds its config
+    "ladder.py": ("sdxl", "no_self_attention", "channel_concat"),
+}
+QUICK = ("t2i_256", "joint")
+RECIPE = ("t2i_256", "t2i_512", "t2i_1024", "edit", "joint", "sft")
+PRECOMPUTE = {
+    "precompute.py": ("", "t2i_64", "edit_64", "edit_128"),
+    "dreamlite_latents.py": ("", "t2i_256", "edit_1024", "sft_edit_1024"),
+}
 
 
 def write(directory: Path, vae: VAEConfig, task: str, states: np.ndarray) -> None:
@@ -50,7 +64,7 @@ def root(tmp_path_factory):
 
 
 def test_every_config_is_known_here():
-    assert {path.name for path in (REPOSITORY / "configs").glob("*.py")} == {*TRAINING, *PRECOMPUTE, "ladder.py"}
+    assert {path.name for path in (REPOSITORY / "configs").glob("*.py")} == {*TRAINING, *PRECOMPUTE, *FULL_SIZE}
 
 
 @pytest.mark.parametrize(("file", "argument"), [(file, a) for file, args in TRAINING.items() for a in args])
@@ -63,24 +77,70 @@ def test_training_configs_build_and_their_steps_have_shapes(root, file, argument
     assert f"batch {config.data.batch_size}" in report and "grad_norm" in report
 
 
+@pytest.mark.parametrize("file", FULL_SIZE)
+def test_full_size_configs_build(file):
+    """Every argument; what they say of another root is where they look."""
+    for argument in FULL_SIZE[file]:
+        config = load_config(f"{REPOSITORY}/configs/{file}:{argument}")
+        abstract.abstract_batch(config)
+    with pytest.raises(UserError, match="is not one of"):
+        load_config(f"{REPOSITORY}/configs/{file}:nonsense")
+
+
 @pytest.mark.parametrize(
-    "rung", ["mqa", *(pytest.param(r, marks=pytest.mark.slow) for r in ("sdxl", "no_self_attention", "channel_concat"))]
+    ("file", "argument"),
+    [
+        pytest.param(file, argument, marks=() if argument in QUICK else pytest.mark.slow)
+        for file, arguments in FULL_SIZE.items()
+        for argument in arguments
+    ],
 )
-def test_steps_of_the_full_size_have_shapes(tmp_path, rung):
-    """One panel of 64 px; the number of pixels plays no part in whether the step can be built."""
-    location = f"{REPOSITORY}/configs/ladder.py:{rung}"
-    config = load_config(location, [f"vae={tmp_path}/vae", f"data.sources.0.path={tmp_path}/set", "data.batch_size=2"])
-    shapes = jax.eval_shape(VAE(config.model.vae).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    save_vae(tmp_path / "vae", config.model.vae, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), {})
-    write(tmp_path / "set", config.model.vae, "generate", np.zeros((9, config.model.unet.text_dim)))
-    assert "grad_norm" in "\n".join(loop.check(config, build_stage(config)))
+def test_steps_of_the_full_size_have_shapes(file, argument):
+    """Neither data nor the autoencoder is here: shapes come from the config."""
+    config = load_config(f"{REPOSITORY}/configs/{file}:{argument}")
+    stage, batch = abstract.abstract_stage(config), abstract.abstract_batch(config)
+    state = jax.eval_shape(stage.init_state, jax.random.key(0))
+    new, metrics = jax.eval_shape(stage.step, state, batch)
+    assert (argument in ("sdxl", "no_self_attention")) or abs(abstract.parameter_count(state) - 389_968_388) < 1e4
+    assert jax.tree.map(np.shape, new) == jax.tree.map(np.shape, state) and metrics["loss"].shape == ()
+    panel = config.data.buckets.size or config.model.native_size
+    assert batch["target"].shape[1:] == (panel // 8, panel // 8, 4)
+
+
+def test_the_recipe_says_what_the_spec_says():
+    """Stages in order, each from the one before; 1:1 mixture; the weight of changed regions; independent drops."""
+    configs = {stage: load_config(f"{REPOSITORY}/configs/dreamlite.py:{stage},ROOT") for stage in RECIPE}
+    for before, (stage, config) in zip(["", *RECIPE], configs.items(), strict=False):
+        assert config.init_from == (f"ROOT/runs/{before}" if before else "")
+        assert config.model.unet == UNetConfig() and config.model.vae == VAEConfig()
+        assert 1e-4 <= config.optim.learning_rate <= 2e-4 or stage == "sft"
+        assert config.flow.region_weight and config.flow.text_drop > 0 and config.flow.image_drop > 0
+        assert config.data.buckets.max_ratio > 1
+    assert [config.data.buckets.size for config in configs.values()] == [256, 512, 1024, 1024, 1024, 1024]
+    joint = configs["joint"].data
+    assert [(s.path, s.weight) for s in joint.sources] == [
+        ("ROOT/latents/t2i_1024", 1.0),
+        ("ROOT/latents/edit_1024", 1.0),
+    ]
+
+
+def test_latents_of_the_recipe_are_those_that_it_reads():
+    """What configs/dreamlite_latents.py makes has the buckets and the autoencoder that each stage expects."""
+    for stage in RECIPE:
+        config = load_config(f"{REPOSITORY}/configs/dreamlite.py:{stage},ROOT")
+        for source in config.data.sources:
+            name = Path(source.path).name
+            made = load_config(f"{REPOSITORY}/configs/dreamlite_latents.py:{name},ROOT", cls=PrecomputeConfig)
+            assert (made.buckets, made.vae) == (config.data.buckets, config.vae)
+            assert made.text.max_length >= config.data.text_length
 
 
 @pytest.mark.parametrize(("file", "argument"), [(file, a) for file, args in PRECOMPUTE.items() for a in args])
 def test_precompute_configs_build(file, argument):
     location = f"{REPOSITORY}/configs/{file}" + (f":{argument}" if argument else "")
     config = load_config(location, cls=PrecomputeConfig)
-    assert config.source.name in {c.name for c in builder.Sprites.BUILDER_CONFIGS}
+    sprites = {c.name for c in builder.Sprites.BUILDER_CONFIGS}
+    assert config.source.name in sprites if config.source.form == "sprites" else config.source.kind == "array_record"
 
 
 def test_the_shipped_autoencoder_is_the_one_its_config_makes():
