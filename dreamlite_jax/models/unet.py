@@ -88,12 +88,14 @@ class UNet(nn.Module):
       remat: recompute each stage in the backward pass instead of keeping its activations.
       sharding: pins every stage's activations to this sharding of the batch (a mesh of several devices needs it,
         see design: unpinned, the partitioner inserts collectives on activations).
+      remat_keep: what a recomputed stage keeps all the same: "nothing", or the results of its "matmuls".
     """
 
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     sharding: jax.sharding.NamedSharding | None = None
+    remat_keep: str = "nothing"
 
     @nn.compact
     def __call__(
@@ -116,7 +118,8 @@ class UNet(nn.Module):
         text = TextProjection(config.cross_attention_dim, self.dtype, name="encoder_hid_proj")(text.astype(self.dtype))
         time, text = pin(time, self.sharding), pin(text, self.sharding)
 
-        stage = nn.remat(Stage) if self.remat else Stage
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat_keep == "matmuls" else None
+        stage = nn.remat(Stage, policy=keep) if self.remat else Stage
         x = blocks.conv(config.block_out_channels[0], 3, dtype=self.dtype, name="conv_in")(sample.astype(self.dtype))
         x = pin(x, self.sharding)
         skips = [x]

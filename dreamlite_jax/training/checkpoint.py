@@ -1,23 +1,50 @@
-"""Whole checkpoints through orbax: state, data iterator, clock and config as one object, written in the background."""
+"""Whole checkpoints through orbax: state, data iterator, clock and config as one object, written in the background.
 
+Order of resuming: the newest checkpoint that is whole by its own fingerprint, then the data iterator, then the metrics
+file, cut back to that step. A damaged checkpoint is set aside with a message, never used and never silently replaced.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
 import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.training import distributed
+from dreamlite_jax.training.errors import SaveError, short
+from dreamlite_jax.training.fingerprint import fingerprint
+
+FOLDER, DAMAGED = "checkpoints", "damaged"  # in a workdir
+
+
+class Restored(NamedTuple):
+    """A state, the data iterator's state and what `save` was told of the run."""
+
+    step: int
+    state: Any
+    position: dict[str, Any]
+    meta: dict[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of one workdir.
+    """The checkpoints of one workdir; with several processes, of all of them together.
 
     A step's folder gets its final name only when complete, so a process killed during a save leaves the one before.
     """
 
     def __init__(self, workdir: Path, keep: int):
-        self.directory = (workdir / "checkpoints").absolute()
+        self.workdir = workdir.absolute()
+        self.directory = self.workdir / FOLDER
+        self._last = 0  # the step of the last save that was started
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -25,58 +52,216 @@ class Checkpoints:
             ),
         )
 
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Steps with a folder, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
 
     def save(self, step: int, state: Any, position: dict[str, Any], meta: dict[str, Any]) -> None:
         """Starts a save; the arrays are copied off the device before it returns.
 
         `position` is the data iterator's state: the same on every host, so it is one small JSON beside the arrays.
+
+        Raises:
+          SaveError: this save could not be started, or the one before did not end well.
         """
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position), meta=ocp.args.JsonSave(meta)
-            ),
-        )
+        digest = jax.tree.map(int, jax.device_get(fingerprint(state)))
+        meta = {**meta, "layout": layout(state), "fingerprint": digest}
+        with self._saving():
+            self._manager.wait_until_finished()
+            self._confirm()
+            self._last = step
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position), meta=ocp.args.JsonSave(meta)
+                ),
+            )
 
-    def meta(self, step: int, architecture: dict[str, Any]) -> dict[str, Any]:
-        """What `save` was told of the run at `step`; touches no device.
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` was told of the run at `step`; touches no device."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Looks whether this config can go on from what is here; touches no device.
 
         Raises:
-          UserError: the checkpoint was written for another architecture.
+          UserError: the checkpoints are of another architecture or stage, or of more steps than the config's.
         """
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        stored, wanted = json.dumps(meta["model"], sort_keys=True), json.dumps(architecture, sort_keys=True)
-        if stored != wanted:
-            difference = _first_difference(meta["model"], architecture)
-            raise UserError(
-                f"{self.directory} holds a checkpoint of another architecture: {difference}; use another --workdir, "
-                "or the config it was started with"
-            )
-        return meta
+        for step in self.steps():
+            try:
+                stored = self.meta(step)["config"]
+            except Exception:  # whatever is wrong with it, `restore` says so and sets it aside
+                continue
+            hint = "use another --workdir, or the config it was started with"
+            if difference := _first_difference(stored["model"], config["model"]):
+                raise UserError(f"{self.directory} holds a checkpoint of another architecture: {difference}; {hint}")
+            if stored["stage"] != config["stage"]:
+                raise UserError(
+                    f"{self.directory} holds checkpoints of stage {stored['stage']}, and config.stage is "
+                    f"{config['stage']}; use another --workdir (config.init_from can name this one)"
+                )
+            if step > config["steps"]:
+                raise UserError(
+                    f"config.steps is {config['steps']}, but {self.workdir} has trained {step} steps; "
+                    "use another --workdir"
+                )
+            return
 
-    def restore(self, step: int, shapes: Any, placement: Any, iterator: Any) -> Any:
-        """The state at `step` with these shapes, placed by `placement`'s shardings; the iterator moved to its place."""
-        shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore())
+    def restore(self, shapes: Any, placement: Any) -> Restored | None:
+        """The newest whole checkpoint, its state placed by `placement`'s shardings; None where there is none.
+
+        Damaged ones are moved to the workdir's folder `damaged`, with a message on stderr.
+
+        Raises:
+          UserError: there are checkpoints, and not one of them is whole; or they have other arrays than these shapes.
+        """
+        steps, wanted = self.steps(), layout(shapes)
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
+        for step in steps:
+            try:
+                restored = self._restore(step, target, wanted)
+            except (UserError, MemoryError, PermissionError):
+                raise
+            except Exception as error:  # a damaged file can fail in any way
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                self._set_aside(step, error)
+            else:
+                self._last = step
+                return restored
+        if steps:
+            raise UserError(
+                f"{self.workdir} has checkpoints of steps {steps}, and none of them is whole; they are in "
+                f"{self.workdir / DAMAGED}. Use another --workdir to begin anew"
+            )
+        return None
+
+    def _restore(self, step: int, target: Any, wanted: dict[str, str]) -> Restored:
+        found = self.meta(step)["layout"]
+        if other := [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]:
+            raise UserError(
+                f"{self.directory} holds a checkpoint whose {min(other)} has other arrays than this config makes; "
+                "use the config it was started with, or another --workdir"
+            )
+        parts = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
         )
-        iterator.set_state(restored["data"])
-        return restored["state"]
+        restored = self._manager.restore(step, args=parts)
+        state, meta = restored["state"], restored["meta"]
+        _verify(meta["fingerprint"], state)
+        return Restored(step, state, restored["data"], meta)
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        distributed.wait_for_all(f"damaged {step}")
+        if distributed.primary():
+            print(
+                f"the checkpoint of step {step} is damaged ({short(error)}): it is moved to {self.workdir / DAMAGED}, "
+                "and the one before is used",
+                file=sys.stderr,
+            )
+            (self.workdir / DAMAGED).mkdir(exist_ok=True)
+            place = self.workdir / DAMAGED / f"step_{step}"
+            shutil.rmtree(place, ignore_errors=True)  # of an earlier attempt at the same step
+            os.replace(self.directory / str(step), place)
+        distributed.wait_for_all(f"set aside {step}")
+        self._manager.reload()
+
+    def look(self) -> None:
+        """Raises `SaveError` if a save in the background has failed; waits for nothing."""
+        with self._saving():
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Returns when the last save is whole on disk; raises `SaveError` if it is not."""
+        with self._saving():
+            self._manager.wait_until_finished()
+            self._confirm()
+
+    def _confirm(self) -> None:
+        if self._last and distributed.primary() and self._last not in steps_in(self.workdir):
+            raise FileNotFoundError(f"{self.directory / str(self._last)} did not appear")
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            whole = [step for step in steps_in(self.workdir) if step != self._last]
+            raise SaveError(self._last, max(whole, default=None), error) from error
 
     def close(self) -> None:
         self._manager.close()
 
 
+def saved_config(workdir: Path) -> dict[str, Any]:
+    """The whole config, as a mapping, of the run that saved a workdir's newest checkpoint."""
+    with _newest(workdir) as (manager, step):
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]["config"]
+
+
+def averaged(workdir: Path, shapes: Any) -> Any:
+    """Averaged parameters, on the host, of a workdir's newest checkpoint, whatever its stage and mesh were.
+
+    Raises:
+      UserError: no checkpoint, one of other parameters than these shapes, or a damaged one.
+    """
+    whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    item = {"ema": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)}
+    restore = ocp.args.PyTreeRestore(
+        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    with _newest(workdir) as (manager, step):
+        parts = manager.restore(step, args=ocp.args.Composite(state=restore, meta=ocp.args.JsonRestore()))
+        _verify({"ema": parts["meta"]["fingerprint"]["ema"]}, {"ema": parts["state"]["ema"]})
+    return jax.device_get(parts["state"]["ema"])
+
+
+@contextlib.contextmanager
+def _newest(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+    """A workdir's checkpoints to read, and the newest step; what goes wrong inside is a `UserError`."""
+    if not (steps := steps_in(workdir)):
+        raise UserError(f"{workdir} has no checkpoint")
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options) as manager:
+        try:
+            yield manager, steps[-1]
+        except Exception as error:
+            raise UserError(
+                f"the checkpoint of step {steps[-1]} in {workdir} cannot be used ({short(error)}); name a model "
+                "folder, or resume that run, which finds the last whole checkpoint"
+            ) from error
+
+
+def steps_in(workdir: Path) -> list[int]:
+    """Steps of the complete saves in a workdir."""
+    folder = workdir / FOLDER
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def layout(state: Any) -> dict[str, str]:
+    """A digest of every field's paths, shapes and dtypes."""
+    digests = {}
+    for field in dataclasses.fields(state):
+        leaves = jax.tree_util.tree_leaves_with_path(getattr(state, field.name))
+        text = "".join(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype};" for path, x in leaves)
+        digests[field.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digests
+
+
+def _verify(expected: dict[str, int], state: Any) -> None:
+    found = jax.tree.map(int, jax.device_get(fingerprint(state)))
+    if wrong := [name for name in expected if found.get(name) != expected[name]]:
+        raise ValueError(f"the arrays of {', '.join(wrong)} are not those that were saved")
+
+
 def _first_difference(stored: Any, wanted: Any, path: str = "model") -> str:
+    """Where two configs differ first, in words; empty if they do not."""
+    if json.dumps(stored, sort_keys=True) == json.dumps(wanted, sort_keys=True):
+        return ""
     if isinstance(stored, dict) and isinstance(wanted, dict):
         for key in sorted(stored.keys() | wanted.keys()):
-            if stored.get(key) != wanted.get(key):
-                return _first_difference(stored.get(key), wanted.get(key), f"{path}.{key}")
+            if found := _first_difference(stored.get(key), wanted.get(key), f"{path}.{key}"):
+                return found
     return f"{path} is {stored!r} there and {wanted!r} here"

@@ -211,8 +211,17 @@ class MeshConfig:
     data: int = 0
     fsdp: int = 1
 
+    def __post_init__(self):
+        at_least_one(self, "mesh.", ("fsdp",))
+        if self.data < 0:
+            raise UserError(f"config.mesh.data is {self.data}; it must be a number of devices, or 0 for all")
 
-COUNTS = ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "grid_every", "grid_items", "grid_steps")
+
+COUNTS = (
+    "steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints", "grid_every", "grid_items",
+    "grid_steps",
+)  # fmt: skip
+ACCUMULATING = ("flow_matching",)  # stages whose loss is a mean over the items of a batch
 
 
 def at_least_one(config: Any, where: str, names: Sequence[str]) -> None:
@@ -232,8 +241,14 @@ def check_share(where: str, value: float) -> None:
 class TrainConfig:
     """One stage of training.
 
-    `init_from` is a model folder (also a workdir, whose exported model is meant); without it the network starts from
-    random weights. `vae` is the autoencoder file that latents were made with ("" means the shipped one).
+    `init_from` is a model folder, or the workdir of a run of any stage: its exported model, or the averaged parameters
+    of its newest checkpoint if it has not exported yet. Without it the network starts from random weights. `vae` is the
+    autoencoder file that latents were made with ("" means the shipped one).
+
+    A batch is worked through in `accumulate` parts, with the same result and less memory. `dtype` is that of matmuls
+    and activations; parameters, their average and the optimiser stay float32. `remat` recomputes each level of the
+    network in the backward pass, all of it or (`remat_keep`) all but its matrix products. `profile_steps` steps are
+    traced for the profiler into the workdir's `profile`, from the tenth step after a start.
     """
 
     stage: Literal["flow_matching", "vae", "refl", "dmd2"]
@@ -249,8 +264,11 @@ class TrainConfig:
     init_from: str = ""
     vae: str = ""
     seed: int = 0
+    accumulate: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    remat_keep: Literal["nothing", "matmuls"] = "nothing"
+    profile_steps: int = 0
     log_every: int = 50
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
@@ -261,6 +279,18 @@ class TrainConfig:
     def __post_init__(self):
         at_least_one(self, "", COUNTS)
         at_least_one(self.data, "data.", ("batch_size", "text_length"))
+        if self.data.batch_size % self.accumulate:
+            raise UserError(
+                f"config.data.batch_size {self.data.batch_size} is not a multiple of config.accumulate "
+                f"{self.accumulate}"
+            )
+        if self.accumulate > 1 and self.stage not in ACCUMULATING:
+            raise UserError(
+                f"config.accumulate is {self.accumulate}, but the loss of stage {self.stage} is not a mean over items; "
+                "it must be 1"
+            )
+        if self.profile_steps < 0:
+            raise UserError(f"config.profile_steps is {self.profile_steps}; it must be at least 0")
         if not self.data.sources:
             raise UserError("config.data.sources is empty; it needs at least one source to train on")
         for i, source in enumerate(self.data.sources):

@@ -2,11 +2,46 @@
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient that is not a number; the last good checkpoint stays as it is."""
+    """A loss or norm that is not a number; the last good checkpoint stays as it is."""
 
-    def __init__(self, step: int, loss: float, grad_norm: float):
+    def __init__(self, step: int, bad: dict[str, float]):
+        values = ", ".join(f"{name} {value}" for name, value in bad.items())
         super().__init__(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; the last checkpoint before it is kept. "
+            f"step {step}: {values}; the last checkpoint before it is kept. "
             "A lower learning rate or clip norm usually helps; the data of this step are those of any rerun."
         )
         self.step = step
+
+
+class CollapseError(ArithmeticError):
+    """A figure of the training left its bounds; the last good checkpoint stays as it is."""
+
+    def __init__(self, step: int, name: str, value: float, least: float, most: float):
+        super().__init__(
+            f"step {step}: {name} is {value:.4g}, outside {least:g} to {most:g}: the model has collapsed; the last "
+            "checkpoint before it is kept. A lower learning rate or reward weight usually helps; the bounds are in the "
+            "stage's part of the config."
+        )
+        self.step = step
+
+
+class SaveError(OSError):
+    """A checkpoint that could not be written; those before it are whole."""
+
+    def __init__(self, step: int, before: int | None, cause: BaseException):
+        kept = f"the checkpoint of step {before} is kept" if before else "no checkpoint was written before"
+        super().__init__(f"the checkpoint of step {step} was not written ({short(cause)}); {kept}")
+        self.step = step
+
+
+class Preempted(Exception):
+    """The run stopped as it was asked to, with everything saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped as asked, after step {step}, which is saved; the same command goes on from there")
+        self.step = step
+
+
+def short(error: BaseException) -> str:
+    """The first line of an error's message, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,5 +1,6 @@
 """The one training loop. A stage gives it a state, a step, data, grids and an export; the loop does the rest."""
 
+import collections
 import os
 import sys
 import time
@@ -13,38 +14,53 @@ from PIL import Image
 
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training import sharding
+from dreamlite_jax.training import distributed, sharding
 from dreamlite_jax.training.checkpoint import Checkpoints
+from dreamlite_jax.training.clock import Clock, duration
 from dreamlite_jax.training.config import TrainConfig
-from dreamlite_jax.training.metrics import Clock, Metrics, duration
+from dreamlite_jax.training.errors import Preempted
+from dreamlite_jax.training.metrics import Metrics
+from dreamlite_jax.training.steps import Profile, Steps
+
+RUN_AHEAD = 3  # steps given to the device beyond the one that it has finished: their batches wait in its memory
 
 
 @runtime_checkable
 class Stage(Protocol):
-    """What a kind of training is to the loop."""
+    """What a kind of training is to the loop.
+
+    With a method `flops(batch)`, of a step, the loop reports MFU too. With `limits`, the least and the most of some
+    metrics by name, it stops when one is outside.
+    """
 
     def init_state(self, key: jax.Array) -> Any:
         """State to start from: a `flax.struct` dataclass with at least `params`, `ema` and `step` (steps taken, int32).
 
         Its other fields are the stage's own: optimiser states, further networks. The loop places every array by
         `sharding.state_sharding`, saves the whole object and restores it. It is traced for its shapes too.
+        Called in every process; arrays of the host, such as weights from a file, must be the same in all of them.
         """
 
     def step(self, state: Any, batch: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
-        """(next state, metrics) from a global batch; pure, compiled by the loop, which donates `state`.
+        """(next state, metrics) from a global batch; pure, compiled by the loop for each shape, `state` is donated.
 
         All that is random comes from `fold_in(key(config.seed), state.step)`. Metrics are scalars; "loss" and
-        "grad_norm" are among them, and neither may ever be other than finite.
+        "grad_norm" are among them. Those whose names end in "loss" or "norm" may never be other than finite.
         """
 
     def dataset(self) -> grain.IterDataset:
-        """Endless batches of this host, as dicts of numpy arrays; its iterator can be saved and restored."""
+        """Endless batches of this process, as dicts of numpy arrays; its iterator can be saved and restored.
+
+        Process p of n has rows p·b/n to (p+1)·b/n of the global batch of b, which does not depend on n; so neither do
+        the numbers. All processes get batches of the same shapes at the same step. The iterator's state is the same in
+        all of them and does not depend on n either.
+        """
 
     def grid(self, params: Any) -> np.ndarray:
-        """Labelled picture of fixed items, (H, W, 3) uint8."""
+        """Labelled picture of fixed items, (H, W, 3) uint8; called in one process with whole parameters."""
 
     def export(self, params: Any, directory: Path, provenance: dict[str, Any]) -> None:
-        """Writes what the stage is for, with the averaged parameters."""
+        """Writes what the stage is for, with the averaged parameters; called in one process."""
 
 
 def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
@@ -52,74 +68,92 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
 
     Returns:
       The exported artefact, `workdir/model`.
+
+    Raises:
+      UserError: the config does not fit the devices or what is in `workdir`; before any device work.
+      NonFiniteError: a loss or norm stopped being a number; the last good checkpoint stays.
+      CollapseError: a metric left the stage's limits; likewise.
+      SaveError: a checkpoint could not be written; those before it stay.
+      Preempted: SIGTERM or a maintenance notice; the state is saved.
     """
     export = workdir / "model"
     if export.exists():
-        print(f"{export} exists: this run is complete", file=sys.stderr)
+        say(f"{export} exists: this run is complete")
         return export
     clock = Clock()
     config_record = to_dict(config)
 
-    # 0. What can be wrong with a run to go on with is said before any device work.
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    start = checkpoints.latest_step() or 0
-    if start > config.steps:
-        raise UserError(
-            f"config.steps is {config.steps}, but {workdir} has trained {start} steps; use another --workdir"
-        )
-    if start:
-        clock.restore(checkpoints.meta(start, config_record["model"])["clock"])
-
-    # 1. Devices and state. Shapes first, so that parameters are born where they belong.
+    # 0. What can be wrong with a run to go on with, or with the devices, is said before any device work.
     mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    check_batch(config, mesh.devices.size)
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    checkpoints.check(config_record)
+
+    with jax.set_mesh(mesh), distributed.StopRequest() as stop:
+        # 1. Shapes first, so that the state is born where it belongs.
         key = jax.random.key(config.seed)
         shapes = jax.eval_shape(stage.init_state, key)
         placement = sharding.state_sharding(mesh, shapes)
-        count = _count(shapes.params) / 1e6
-        print(f"{config.stage}: {count:.2f} M parameters on {mesh.devices.size} device(s)", file=sys.stderr)
+        say(f"{config.stage}: {count(shapes.params) / 1e6:.2f} M parameters on {describe(mesh)}")
 
         # 2. Resume. In this order: state, iterator, then the metrics file is cut back to the restored step.
-        iterator = iter(stage.dataset())
-        if start:
-            state = checkpoints.restore(start, shapes, placement, iterator)
-            print(f"resumed from step {start}", file=sys.stderr)
+        iterator, start = iter(stage.dataset()), 0
+        if restored := checkpoints.restore(shapes, placement):
+            start, state = restored.step, restored.state
+            iterator.set_state(restored.position)
+            clock.restore(restored.meta["clock"])
+            say(f"resumed from step {start}")
         else:
-            state = jax.device_put(stage.init_state(key), placement)
-        metrics = Metrics(workdir, start)
+            state = sharding.place(stage.init_state(key), placement)
+        del restored  # the state is donated; nothing else may hold it
+        metrics = Metrics(workdir, start, write=distributed.primary(), limits=getattr(stage, "limits", None))
 
-        # 3. The step, compiled before the first batch so that its time is known.
-        batch_sharding = sharding.batch_sharding(mesh)
-        jitted = jax.jit(stage.step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh)))
+        # 3. The step is compiled when a batch of a new shape comes; the first is taken now, so that its time is known.
+        steps = Steps(stage, placement, mesh, clock)
         clock.paused()
-        batch = sharding.global_batch(next(iterator), batch_sharding) if start < config.steps else None
+        batch = steps.place(next(iterator)) if start < config.steps else None
         if batch is not None:
-            jitted = jitted.lower(state, batch).compile()
-        clock.compiled()
+            steps.compiled(state, batch)
+        profile = Profile(workdir, start, config.steps, config.profile_steps)
 
-        # 4. Steps. Nothing below waits for the device except every `log_every` steps.
-        last_logged = start
+        # 4. Steps. Nothing below waits for the device except every `log_every` steps, and to stay near it.
+        last_logged, work, running = start, 0.0, collections.deque()
         for step in range(start + 1, config.steps + 1):
-            state, values = jitted(state, batch)
+            profile.before(step)
+            with jax.transfer_guard("disallow"):
+                state, values = steps(state, batch)
+            work += steps.flops(batch)
             metrics.add(step, values)
-            saving = step % config.checkpoint_every == 0 or step == config.steps
+            running.append(values)
+            profile.after(step, values)
+            last, stopping = step == config.steps, stop.reached(step)
+            saving = last or stopping or step % config.checkpoint_every == 0
             position = iterator.get_state() if saving else None  # before the next batch is taken
-            if step < config.steps:
-                batch = sharding.global_batch(next(iterator), batch_sharding)
-            logging = step % config.log_every == 0 or step == config.steps
+            if not last and not stopping:
+                batch = steps.place(next(iterator))
+            if len(running) > RUN_AHEAD:
+                jax.block_until_ready(running.popleft())
+            logging = last or stopping or step % config.log_every == 0
             if logging or saving:
                 means = metrics.flush()
+                checkpoints.look()
                 if logging:
-                    clock.trained(step - last_logged)
-                    last_logged = step
-                    clock.progress(step, config.steps, config.data.batch_size, means)
+                    clock.trained(step - last_logged, work)
+                    last_logged, work = step, 0.0
+                    metrics.add_scalars(clock.pace(config.data.batch_size), step)
+                    if distributed.primary():
+                        clock.progress(step, config.steps, config.data.batch_size, means)
             if saving:
-                meta = {"model": config_record["model"], "config": config_record, "clock": clock.state()}
-                checkpoints.save(step, state, position, meta)
+                checkpoints.save(step, state, position, {"config": config_record, "clock": clock.state()})
                 if logging:
                     clock.paused()
-            if step % config.grid_every == 0 or step == config.steps:
-                save_grid(stage.grid(state.ema), workdir, step, metrics)
+            if stopping and not last:
+                checkpoints.wait()
+                checkpoints.close()
+                metrics.close()
+                raise Preempted(step)
+            if last or step % config.grid_every == 0:
+                save_grid(stage, state, workdir, step, metrics)
                 if logging:
                     clock.paused()
 
@@ -131,42 +165,75 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
             "clock": clock.state(),
             "written": time.strftime("%F"),
         }
-        stage.export(jax.device_get(state.ema), export, provenance)
+        averaged = sharding.gather(state.ema, mesh)
+        if distributed.primary():
+            with jax.set_mesh(sharding.local_mesh()):
+                stage.export(jax.device_get(averaged), export, provenance)
+        distributed.wait_for_all("export")
         checkpoints.close()
         metrics.close()
     seconds = clock.state()
-    print(
+    say(
         f"done: {config.steps} steps, trained {duration(seconds['train'])}, compiled {duration(seconds['compile'])}, "
-        f"paused {duration(seconds['pause'])}; model in {export}",
-        file=sys.stderr,
+        f"paused {duration(seconds['pause'])}; model in {export}"
     )
     return export
 
 
-def save_grid(picture: np.ndarray, workdir: Path, step: int, metrics: Metrics) -> None:
-    """`workdir/grids/step_N.png`, and TensorBoard."""
-    directory = workdir / "grids"
-    directory.mkdir(parents=True, exist_ok=True)
-    target = directory / f"step_{step:06d}.png"
-    temporary = target.with_suffix(".tmp")
-    Image.fromarray(picture).save(temporary, format="png")
-    os.replace(temporary, target)
-    metrics.add_image("samples", picture, step)
+def check_batch(config: TrainConfig, devices: int) -> None:
+    """Raises `UserError` unless every device of every process gets an equal part of each microbatch."""
+    part = devices * config.accumulate
+    if config.data.batch_size % part:
+        near = max(1, round(config.data.batch_size / part)) * part
+        raise UserError(
+            f"config.data.batch_size {config.data.batch_size} is not a multiple of {devices} devices x "
+            f"config.accumulate {config.accumulate}; {near} would be"
+        )
 
 
-def _count(params: Any) -> int:
+def save_grid(stage: Stage, state: Any, workdir: Path, step: int, metrics: Metrics) -> None:
+    """`workdir/grids/step_N.png`, and TensorBoard: drawn by one process, with parameters gathered from all of them."""
+    averaged = sharding.gather(state.ema, jax.sharding.get_mesh())
+    if distributed.primary():
+        with jax.set_mesh(sharding.local_mesh()):
+            picture = stage.grid(averaged)
+        directory = workdir / "grids"
+        directory.mkdir(parents=True, exist_ok=True)
+        target = directory / f"step_{step:06d}.png"
+        temporary = target.with_suffix(".tmp")
+        Image.fromarray(picture).save(temporary, format="png")
+        os.replace(temporary, target)
+        metrics.add_image("samples", picture, step)
+    distributed.wait_for_all(f"grid {step}")
+
+
+def count(params: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
+
+
+def describe(mesh: jax.sharding.Mesh) -> str:
+    """The devices of a run in words."""
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.devices.size} device(s){processes}, data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}"
+
+
+def say(message: str) -> None:
+    """One line on stderr, from one process."""
+    if distributed.primary():
+        print(message, file=sys.stderr, flush=True)
 
 
 def check(config: TrainConfig, stage: Stage) -> list[str]:
     """Builds everything but runs no step: parameters by shape, one real batch, the step's shapes. Says what it saw."""
+    mesh = sharding.make_mesh(config.mesh)
+    check_batch(config, mesh.devices.size)
     state = jax.eval_shape(stage.init_state, jax.random.key(config.seed))
     batch = next(iter(stage.dataset()))
     _, values = jax.eval_shape(stage.step, state, batch)
     shapes = ", ".join(f"{name} {tuple(np.shape(value))}" for name, value in batch.items())
     return [
-        f"config: stage {config.stage}, {config.steps} steps, batch {config.data.batch_size}",
-        f"parameters: {_count(state.params):,}",
+        f"config: stage {config.stage}, {config.steps} steps, batch {config.data.batch_size} on {describe(mesh)}",
+        f"parameters: {count(state.params):,}",
         f"batch: {shapes}",
         f"metrics: {', '.join(values)}",
     ]

@@ -1,30 +1,37 @@
-"""What a run tells of itself: `metrics.jsonl` with one line a step, TensorBoard, and the progress line."""
+"""What a run tells of itself: `metrics.jsonl` with one line a step, and TensorBoard."""
 
 import json
 import math
-import sys
-import time
-from collections import deque
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from dreamlite_jax.training.errors import NonFiniteError
+from dreamlite_jax.training.errors import CollapseError, NonFiniteError
 
 
 class Metrics:
     """Collects device scalars without waiting for them, and writes them in batches.
 
-    On resume the lines after the restored step are dropped, so that each step stands in the file once.
+    On resume the lines after the restored step are dropped, so that each step stands in the file once. Where several
+    processes run, one of them writes and all of them look at the values.
     """
 
-    def __init__(self, workdir: Path, restored_step: int):
-        self._path = workdir / "metrics.jsonl"
-        _truncate(self._path, restored_step)
-        self._file = self._path.open("a")
+    def __init__(
+        self, workdir: Path, restored_step: int, *, write: bool = True,
+        limits: Mapping[str, tuple[float, float]] | None = None,
+    ):  # fmt: skip
+        """`limits` are the least and the most of some metrics; a run that leaves them has collapsed."""
+        self._limits = limits or {}
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._tensorboard = _tensorboard(workdir, restored_step)
+        self._file = self._tensorboard = None
+        if write:
+            path = workdir / "metrics.jsonl"
+            _truncate(path, restored_step)
+            self._file = path.open("a")
+            self._tensorboard = _tensorboard(workdir, restored_step)
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
         """Values of `step` (the number of steps taken), still on the device."""
@@ -34,30 +41,51 @@ class Metrics:
         """Writes all that is pending; returns the means.
 
         Raises:
-          NonFiniteError: a loss or gradient norm is not finite; lines up to that step are written first.
+          NonFiniteError: a loss or a norm is not finite; lines up to that step are written first.
+          CollapseError: a metric is outside its limits; likewise.
         """
         rows = [(step, {k: float(v) for k, v in values.items()}) for step, values in jax.device_get(self._pending)]
         self._pending.clear()
         for step, row in rows:
-            self._file.write(json.dumps({"step": step, **row}) + "\n")
-            if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-                self._file.flush()
-                raise NonFiniteError(step, row["loss"], row["grad_norm"])
-        self._file.flush()
+            self._write(json.dumps({"step": step, **row}) + "\n")
+            if bad := {k: v for k, v in row.items() if k.endswith(("loss", "norm")) and not math.isfinite(v)}:
+                self._sync()
+                raise NonFiniteError(step, bad)
+            for name, (least, most) in self._limits.items():
+                if not least <= row[name] <= most:
+                    self._sync()
+                    raise CollapseError(step, name, row[name], least, most)
+        self._sync()
         if not rows:
             return {}
         means = {key: sum(row[key] for _, row in rows) / len(rows) for key in rows[0][1]}
-        for key, value in means.items():
-            self._tensorboard.add_scalar(f"train/{key}", value, rows[-1][0])
+        self.add_scalars(means, rows[-1][0])
         return means
+
+    def add_scalars(self, values: dict[str, float], step: int) -> None:
+        """To TensorBoard alone: what differs from run to run, such as the pace, is no business of metrics.jsonl."""
+        if self._tensorboard:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(f"train/{key}", value, step)
 
     def add_image(self, name: str, image: Any, step: int) -> None:
         """(H, W, 3) uint8 to TensorBoard."""
-        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        if self._tensorboard:
+            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def _write(self, line: str) -> None:
+        if self._file:
+            self._file.write(line)
+
+    def _sync(self) -> None:
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())  # a machine that vanishes takes no line of a saved step with it
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self._file:
+            self._file.close()
+            self._tensorboard.close()
 
 
 def _truncate(path: Path, step: int) -> None:
@@ -80,62 +108,3 @@ def _tensorboard(workdir: Path, step: int) -> Any:
     from tensorboardX import SummaryWriter
 
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=30)
-
-
-class Clock:
-    """Where the time goes: training, compiling, pauses (checkpoints, grids). Survives restarts through `state`."""
-
-    def __init__(self):
-        self.train = self.compile = self.pause = 0.0
-        self._recent: deque[tuple[float, int]] = deque(maxlen=8)
-        self._started = time.monotonic()
-
-    def state(self) -> dict[str, float]:
-        return {"train": self.train, "compile": self.compile, "pause": self.pause}
-
-    def restore(self, state: dict[str, float]) -> None:
-        self.train, self.compile, self.pause = state["train"], state["compile"], state["pause"]
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now = time.monotonic()
-        seconds, self._started = now - self._started, now
-        return seconds
-
-    def trained(self, steps: int) -> None:
-        """Ends a lap of `steps` training steps."""
-        seconds = self.lap()
-        self.train += seconds
-        self._recent.append((seconds, steps))
-
-    def paused(self) -> None:
-        self.pause += self.lap()
-
-    def compiled(self) -> None:
-        self.compile += self.lap()
-
-    def sec_per_step(self) -> float:
-        steps = sum(n for _, n in self._recent)
-        return sum(s for s, _ in self._recent) / steps if steps else 0.0
-
-    def progress(self, step: int, steps: int, batch_size: int, means: dict[str, float]) -> None:
-        """Prints one line with the loss, the pace, the time left and the time lost."""
-        pace = self.sec_per_step()
-        rate = batch_size / pace if pace else 0.0
-        print(
-            f"step {step}/{steps}  loss {means.get('loss', float('nan')):.4f}  grad {means.get('grad_norm', 0):.2f}  "
-            f"{pace:.3f} s/step  {rate:.1f} img/s ({rate / jax.device_count():.1f} a chip)  "
-            f"ETA {duration(pace * (steps - step))}  compile {duration(self.compile)}  paused {duration(self.pause)}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def duration(seconds: float) -> str:
-    """12s, 3m05s or 2h07m."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

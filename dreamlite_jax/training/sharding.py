@@ -1,7 +1,11 @@
 """Mesh (data, fsdp) and where state and batches live on it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -9,22 +13,48 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.training.config import MeshConfig
 
 MIN_SHARDED_SIZE = 2**16  # smaller arrays are replicated: gathering them costs more than keeping them
+AXES = ("data", "fsdp")
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """Mesh over all devices. Axis types are Auto: with Explicit a convolution with sharded output channels fails."""
-    devices = np.asarray(jax.devices() if devices is None else devices)
-    data = config.data or devices.size // config.fsdp
-    if data * config.fsdp != devices.size:
+    """Mesh over all devices. Axis types are Auto: with Explicit a convolution with sharded output channels fails.
+
+    On TPUs neighbours on the torus are neighbours on fsdp, and slices lie along data: what crosses the data centre's
+    network is the sum of gradients alone.
+
+    Raises:
+      UserError: the devices do not fill the mesh, or fsdp would cross slices.
+    """
+    devices = list(jax.devices() if devices is None else np.asarray(devices).flat)
+    data = config.data or max(1, len(devices) // config.fsdp)
+    if data * config.fsdp != len(devices):
         raise UserError(
-            f"mesh data={data} x fsdp={config.fsdp} needs {data * config.fsdp} devices; this run has {devices.size}"
+            f"mesh data={data} x fsdp={config.fsdp} needs {data * config.fsdp} devices; this run has {len(devices)}"
         )
-    return Mesh(devices.reshape(data, config.fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(_arrange(devices, data, config.fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _arrange(devices: list[Any], data: int, fsdp: int) -> np.ndarray:
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(data, fsdp)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise UserError(f"mesh data={data} must be a multiple of the {slices} slices; lower config.mesh.fsdp")
+    if slices == 1:
+        return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp), (slices, 1), devices, allow_split_physical_axes=True
+    )
+
+
+def local_mesh() -> Mesh:
+    """This process's first device alone, for what one process does by itself."""
+    return Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis over all devices."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -49,3 +79,67 @@ def state_sharding(mesh: Mesh, state):
 def global_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """This host's part of a batch as global arrays."""
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+# --- inside a step: the mesh is that of `jax.set_mesh`, so that a stage need not be told of it
+
+
+def activations() -> NamedSharding | None:
+    """What pins activations to their part of the batch; None where there is one device or no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else NamedSharding(mesh, P(AXES))
+
+
+def like_state(tree: Any) -> Any:
+    """Arrays constrained to where the state keeps its like: sums of gradients become reduce-scatters under ZeRO."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, state_sharding(mesh, tree))
+
+
+def microbatches(tree: Any, count: int) -> Any:
+    """(b, …) leaves as (count, b / count, …), each microbatch over all devices.
+
+    Microbatch j has the rows i with i mod count = j: so a device's rows stay where they are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        if mesh.empty or mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, AXES)))
+
+    return jax.tree.map(split, tree)
+
+
+# --- outside: state made where it belongs, and brought together
+
+
+def born(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, compiled, its arrays made where `state_sharding` of the current mesh puts them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.jit(function)(*args)
+    placement = state_sharding(jax.sharding.get_mesh(), jax.eval_shape(function, *args))
+    return jax.jit(function, out_shardings=placement)(*args)
+
+
+def place(tree: Any, placement: Any) -> Any:
+    """Arrays moved to their shardings. Host arrays must be the same in every process."""
+
+    def move(x: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and (sharding.is_fully_addressable or not x.is_fully_addressable):
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(move, tree, placement)
+
+
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """Sharded arrays as whole ones on this process's first device. Every process must call it."""
+    if mesh.size == 1:
+        return tree
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda x: x.addressable_data(0), whole)

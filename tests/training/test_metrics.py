@@ -1,11 +1,13 @@
 """metrics.jsonl: one line a step, without gap or double over restarts; and the clock."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dreamlite_jax.training import clock as c
 from dreamlite_jax.training import metrics as m
 from dreamlite_jax.training.errors import NonFiniteError
 
@@ -69,18 +71,51 @@ def test_what_is_not_finite_raises_with_its_step(tmp_path, bad):
 
 def test_the_clock_goes_on_after_a_restart(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(m.time, "monotonic", lambda: now[0])
-    clock = m.Clock()
-    for seconds, end in ((3, clock.compiled), (20, lambda: clock.trained(10)), (2, clock.paused)):
+    monkeypatch.setattr(c.time, "monotonic", lambda: now[0])
+    clock = c.Clock()
+    with clock.compiling():
+        now[0] += 3
+    for seconds, end in ((20, lambda: clock.trained(10)), (2, clock.paused)):
         now[0] += seconds
         end()
     assert clock.state() == {"train": 20, "compile": 3, "pause": 2} and clock.sec_per_step() == 2.0
-    again = m.Clock()
+    again = c.Clock()
     again.restore(clock.state())
     now[0] += 5
     again.trained(5)
     assert again.state() == {"train": 25, "compile": 3, "pause": 2} and again.sec_per_step() == 1.0
 
 
+def test_what_compiles_while_steps_run_is_no_training(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(c.time, "monotonic", lambda: now[0])
+    clock = c.Clock()
+    now[0] += 4
+    with clock.compiling():  # a bucket that comes late
+        now[0] += 100
+    now[0] += 6
+    clock.trained(5)
+    assert clock.state() == {"train": 10, "compile": 100, "pause": 0}
+
+
+def test_utilisation_is_work_by_what_the_chips_could_do(monkeypatch, capsys):
+    """Half a second a step of 8 devices; known figures for a TPU, none for a device that is not in the table."""
+    now = [0.0]
+    monkeypatch.setattr(c.time, "monotonic", lambda: now[0])
+    clock = c.Clock()
+    now[0] += 5
+    clock.trained(10, work=0.4 * 5 * 8 * 197e12)
+    monkeypatch.setattr(c.jax, "device_count", lambda: 8)
+    for kind, share in (("TPU v5 lite", 0.4), ("TPU v6 lite", 0.4 * 197 / 918), ("Abacus", None)):
+        monkeypatch.setattr(c.jax, "devices", lambda kind=kind: [SimpleNamespace(device_kind=kind)])
+        assert clock.utilisation() == (share and pytest.approx(share))
+        pace = clock.pace(64)
+        assert pace["sec_per_step"] == 0.5 and pace["images_per_sec_per_chip"] == 16 and ("mfu" in pace) == bool(share)
+        clock.progress(10, 20, 64, {"loss": 1.0})
+        assert ("MFU" in capsys.readouterr().err) == bool(share)
+    clock.trained(10)  # a stage that counts no work
+    assert c.Clock().utilisation() is None
+
+
 def test_durations_read_well():
-    assert [m.duration(s) for s in (0.4, 59.0, 185.0, 7620.0)] == ["0s", "59s", "3m05s", "2h07m"]
+    assert [c.duration(s) for s in (0.4, 59.0, 185.0, 7620.0)] == ["0s", "59s", "3m05s", "2h07m"]

@@ -4,7 +4,8 @@ from typing import Any
 
 import jax
 
-from dreamlite_jax.training.stages.latent import Batch, LatentStage
+from dreamlite_jax.training import flops
+from dreamlite_jax.training.stages.latent import Batch, LatentStage, Noised
 from dreamlite_jax.training.state import OneLoss
 
 
@@ -13,5 +14,21 @@ class FlowMatchingStage(LatentStage, OneLoss):
 
     def loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(loss, metrics) of one batch; see `LatentStage.flow_loss`."""
-        noised = self.noised(batch, key)
-        return self.flow_loss(self.answer(params, noised), noised, batch)
+        return self.mean_loss(params, self.draw(batch, key))
+
+    def draw(self, batch: Batch, key: jax.Array) -> tuple[Noised, dict[str, jax.Array]]:
+        """All that is random, and all that looks over the whole batch (see `training.state.Parts`)."""
+        return self.noised(batch, key), self.shares(batch)
+
+    def mean_loss(
+        self, params: Any, items: tuple[Noised, dict[str, jax.Array]]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(loss, metrics) as means over some of the batch's items."""
+        noised, shares = items
+        return self.mean_flow_loss(self.answer(params, noised), noised, shares)
+
+    def flops(self, batch: Batch) -> float:
+        """Of one step on a batch of these shapes: forward and backward pass of the U-Net on each canvas."""
+        unet, (b, h, w, _) = self.config.model.unet, batch["target"].shape
+        columns = 2 * w if unet.condition_layout == "width" else w
+        return flops.training_flops(unet, b, h, columns, batch["text"].shape[1])

@@ -13,6 +13,7 @@ from PIL import Image
 from dreamlite_jax import pictures
 from dreamlite_jax.model_folder import new_folder, save_vae
 from dreamlite_jax.models.vae import VAE
+from dreamlite_jax.training import sharding
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.state import OneLoss
 
@@ -26,7 +27,7 @@ class VAEStage(OneLoss):
 
     def init_params(self, key: jax.Array) -> Any:
         size = 8 * self.config.model.vae.downsampling
-        return jax.jit(self.model.init)(key, jnp.zeros((1, size, size, 3)))["params"]
+        return sharding.born(self.model.init, key, jnp.zeros((1, size, size, 3)))["params"]
 
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Absolute and squared error of pixels, plus the distance of the latents' moments from (0, 1)."""
