@@ -2,7 +2,7 @@
 
 Writes latents and text states as shards. Run again it makes only the shards that are missing; several hosts (or
 processes) share the work through --host I --hosts N, each taking every N-th shard. Records that cannot be used are left
-out and named in bad_records.jsonl (of host 0; bad_records_I.jsonl of host I).
+out and named in DIR/bad_records/host_I.jsonl.
 """
 
 import hashlib

@@ -155,5 +155,5 @@ def test_a_text_that_is_too_long_leaves_no_shard(root, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny.WordEncoder, "encode", refusing)
     with pytest.raises(UserError, match="99 tokens"):
         encode(root, tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"made_of.json", "bad_records.jsonl"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"made_of.json", "bad_records"}
     assert json.loads((tmp_path / "out" / "made_of.json").read_text())["records"] == 20

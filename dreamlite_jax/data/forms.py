@@ -37,7 +37,8 @@ class Images:
 
 
 class Pairs:
-    """As `latents.collate`, with pictures (b, H, W, 3) in [-1, 1] for `target` and `source`, and no text.
+    """As `latents.collate` without text, and with pictures `target_image` and `source_image` (b, H, W, 3) in [-1, 1]
+    instead of latents. Those of `source_image` are zero where there is none.
 
     Args:
       downsampling: pixels per latent pixel, at whose scale `weight` is.
@@ -50,21 +51,21 @@ class Pairs:
         width, height = self.sizes[bucket]
         h, w = height // self.downsampling, width // self.downsampling
         return {
-            "target": np.empty((rows, height, width, 3), np.float32),
-            "source": np.empty((rows, height, width, 3), np.float32),
+            "target_image": np.empty((rows, height, width, 3), np.float32),
+            "source_image": np.empty((rows, height, width, 3), np.float32),
             "weight": np.empty((rows, h, w, 1), np.float32),
             "editing": np.empty(rows, np.float32),
             "size": np.tile(np.asarray([width, height], np.float32), (rows, 1)),
         }
 
     def fill(self, batch: Batch, row: int, item: Item) -> None:
-        write_picture(batch["target"][row], item.target)
+        write_picture(batch["target_image"][row], item.target)
         batch["editing"][row] = item.source is not None
         batch["weight"][row] = 1.0
         if item.source is None:
-            batch["source"][row] = 0.0
+            batch["source_image"][row] = 0.0
         else:
-            write_picture(batch["source"][row], item.source)
+            write_picture(batch["source_image"][row], item.source)
             batch["weight"][row, ..., 0] = latents.region_weight(latents.pool(item.changed, self.downsampling))
 
     def request(self, item: Item) -> PromptRequest:

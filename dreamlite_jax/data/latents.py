@@ -272,7 +272,7 @@ def mixture(
     sources: Sequence[SourceConfig], *, batch_size: int, text_length: int, seed: int, threads: int,
     host: int = 0, hosts: int = 1, bad: BadRecords | None = None, extend: Extend = no_fields,
 ) -> grain.IterDataset:  # fmt: skip
-    """Endless, exact, deterministic mixture of latent folders: the union over hosts is the same for any host count.
+    """Endless, exact, deterministic mixture of latent folders; hosts' parts joined are the same for any host count.
 
     Where pictures have several sizes, every batch is of one (`mixture.Batches`).
 
@@ -282,7 +282,7 @@ def mixture(
       extend: see `LatentReader`.
     """
     from dreamlite_jax.data.forms import Latents
-    from dreamlite_jax.data.mixture import Batches, check_hosts
+    from dreamlite_jax.data.mixture import Batches, HostShare, check_hosts
 
     check_hosts(batch_size, hosts)
     reader = LatentReader(sources, text_length, extend)
@@ -300,5 +300,7 @@ def mixture(
         grain.MapDataset.source(_Rows(reader, i, bad)).seed(seed + i).shuffle().repeat() for i in range(len(sources))
     ]
     stream = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
-    stream = stream[host::hosts].batch(batch_size // hosts, drop_remainder=True)
+    if hosts > 1:
+        stream = HostShare(stream, batch_size, host, hosts)
+    stream = stream.batch(batch_size // hosts, drop_remainder=True)
     return stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(1, threads)))

@@ -1,6 +1,7 @@
 """Batches of a mixture of sources, each of one bucket: exact, deterministic, sharded by host, resumable to the sample.
 
-Global batch k is the same set of samples for any number of hosts, and what the iterator saves is the same on every one.
+Global batch k is the same samples in the same order for any number of hosts, of which host p of n has the p-th part;
+and what the iterator saves is the same on every one.
 """
 
 import multiprocessing
@@ -43,6 +44,7 @@ class Form(Protocol):
 
 
 def check_hosts(batch_size: int, hosts: int) -> None:
+    """Raises `UserError` unless a global batch can be shared out evenly."""
     if batch_size % hosts:
         raise UserError(f"data.batch_size {batch_size} is not a multiple of the {hosts} hosts")
 
@@ -118,6 +120,22 @@ def source_sizes(config: BucketConfig, sources: Sequence[Source]) -> list[Size]:
     if len(own) > 1 or own == {0}:
         raise UserError("config.buckets.size is 0; pictures other than sprites of one size need one, such as 256")
     return [(size, size) for size in own]
+
+
+class HostShare(grain.MapDataset):
+    """Of every `batch_size` elements of a stream, one after the other, those of this host."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, host: int, hosts: int):
+        super().__init__(parent)
+        self._batch_size, self._share = batch_size, batch_size // hosts
+        self._first = host * self._share
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * self._share
+
+    def __getitem__(self, index: int) -> Any:
+        batch, row = divmod(index, self._share)
+        return self._parent[batch * self._batch_size + self._first + row]
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -223,7 +241,8 @@ class _Pending:
         batches = iterator._batches
         self.bucket, samples = iterator._plan.next()
         self.state = iterator._plan.state()
-        mine = samples[batches.host :: batches.hosts].tolist()
+        share = len(samples) // batches.hosts
+        mine = samples[batches.host * share : (batches.host + 1) * share].tolist()
         self.samples: list[tuple[int, int]] = [(source, index) for source, index in mine]
         self.batch = batches.form.empty(self.bucket, len(self.samples))
         starts = range(0, len(self.samples), GROUP)

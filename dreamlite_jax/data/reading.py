@@ -97,7 +97,7 @@ class BadRecords:
 
 def log_path(folder: Path, host: int) -> Path:
     """Where a host names bad records."""
-    return folder / (f"bad_records_{host}.jsonl" if host else "bad_records.jsonl")
+    return folder / "bad_records" / f"host_{host}.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)

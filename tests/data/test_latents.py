@@ -108,7 +108,7 @@ def test_hosts_together_read_what_one_would(folders, hosts):
     shares = [take(stream(folders, host=host, hosts=hosts), 3) for host in range(hosts)]
     for i, whole in enumerate(alone):
         together = [name for share in shares for name in names(share[i])]
-        assert sorted(together) == sorted(names(whole))
+        assert together == names(whole)
         assert all(len(share[i]["target"]) == 8 // hosts for share in shares)
 
 
