@@ -181,5 +181,5 @@ def test_bad_split_and_missing_dataset_are_refused(data_dir, tmp_path):
 
 def test_attribution_travels_with_the_data(data_dir):
     for name in ("dataset_info.json", "LICENSE"):
-        text = (data_dir / "sprites" / "t2i_64" / "1.0.0" / name).read_text()
+        text = (data_dir / "sprites" / "t2i_64" / "1.1.0" / name).read_text()
         assert "Twemoji" in text and "CC-BY 4.0" in text

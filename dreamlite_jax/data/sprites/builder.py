@@ -1,6 +1,6 @@
 """The sprites as a tensorflow-datasets builder: ArrayRecord files, written and read without TensorFlow.
 
-    prepare("data", task="t2i", size=64)                 # writes data/sprites/t2i_64/1.0.0, or finds it there
+    prepare("data", task="t2i", size=64)                 # writes data/sprites/t2i_64/1.1.0, or finds it there
     source = open_split("data", "t2i", 64, "train")      # len(source), source[i]: random access, as grain wants it
     decode(source[0])["target"]                          # (64, 64, 3) uint8
 
@@ -31,7 +31,7 @@ from dreamlite_jax.errors import UserError
 TASKS: tuple[str, ...] = ("t2i", "edit")
 SIZES: tuple[int, ...] = (64, 128, 256)
 DEFAULT_COUNTS: Mapping[str, int] = {"train": 16_000, "validation": 1_000, "heldout": 1_000}
-_RELEASE = "1.0.0"
+_RELEASE = "1.1.0"
 _TRIES = 20_000  # draws for one record before a split counts as exhausted
 
 _DESCRIPTION = """\

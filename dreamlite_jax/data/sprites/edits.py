@@ -248,7 +248,7 @@ def edit_scene(rng: np.random.Generator, source: Scene, operation: str) -> Edit 
 def _sample_source(rng: np.random.Generator) -> Scene:
     """One to three objects of different names at any places where they do not overlap."""
     draw = rng.random()
-    count = 1 if draw < 0.4 else 2 if draw < 0.8 else 3
+    count = 1 if draw < 0.3 else 2 if draw < 0.7 else 3
     places = pick(rng, layouts(count))
     if count == 1 and rng.random() < 0.4:
         places = ("centre",)

@@ -146,7 +146,7 @@ def sample_background(rng: np.random.Generator) -> tuple[str, str]:
 def sample_size(rng: np.random.Generator, large: bool = False) -> str:
     """Mostly medium, which a caption need not mention."""
     draw = rng.random()
-    if large and draw > 0.85:
+    if large and draw > 0.7:
         return "large"
     return "small" if draw < 0.15 else "medium"
 
