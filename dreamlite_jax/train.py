@@ -36,6 +36,14 @@ def stage_class(config: TrainConfig) -> type:
         from dreamlite_jax.training.stages.vae import VAEStage
 
         return VAEStage
+    if config.stage == "refl":
+        from dreamlite_jax.training.stages.refl import ReFLStage
+
+        return ReFLStage
+    if config.stage == "dmd2":
+        from dreamlite_jax.training.stages.dmd2 import DMD2Stage
+
+        return DMD2Stage
     from dreamlite_jax.training.stages.flow_matching import FlowMatchingStage
 
     return FlowMatchingStage

@@ -38,6 +38,7 @@ class Stage(Protocol):
 
         Its other fields are the stage's own: optimiser states, further networks. The loop places every array by
         `sharding.state_sharding`, saves the whole object and restores it. It is traced for its shapes too.
+        A field `frozen` holds networks that never change; it is not saved, and a method `frozen()` gives it again.
         Called in every process; arrays of the host, such as weights from a file, must be the same in all of them.
         """
 
@@ -98,8 +99,10 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
 
         # 2. Resume. In this order: state, iterator, then the metrics file is cut back to the restored step.
         iterator, start = iter(stage.dataset()), 0
-        if restored := checkpoints.restore(shapes, placement):
+        if restored := checkpoints.restore(kept(shapes), kept(placement)):
             start, state = restored.step, restored.state
+            if hasattr(state, "frozen"):
+                state = state.replace(frozen=sharding.place(stage.frozen(), placement.frozen))
             iterator.set_state(restored.position)
             clock.restore(restored.meta["clock"])
             say(f"resumed from step {start}")
@@ -144,7 +147,7 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
                     if distributed.primary():
                         clock.progress(step, config.steps, config.data.batch_size, means)
             if saving:
-                checkpoints.save(step, state, position, {"config": config_record, "clock": clock.state()})
+                checkpoints.save(step, kept(state), position, {"config": config_record, "clock": clock.state()})
                 if logging:
                     clock.paused()
             if stopping and not last:
@@ -178,6 +181,11 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
         f"paused {duration(seconds['pause'])}; model in {export}"
     )
     return export
+
+
+def kept(state: Any) -> Any:
+    """What a checkpoint holds of a state, or of its shapes: all but networks that never change."""
+    return state.replace(frozen=None) if hasattr(state, "frozen") else state
 
 
 def check_batch(config: TrainConfig, devices: int) -> None:

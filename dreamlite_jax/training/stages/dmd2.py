@@ -20,7 +20,7 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.models import blocks
 from dreamlite_jax.training import optim, sharding
 from dreamlite_jax.training.config import TrainConfig
-from dreamlite_jax.training.stages.latent import Batch, Facts, LatentStage, spread
+from dreamlite_jax.training.stages.latent import Batch, LatentStage, spread
 from dreamlite_jax.types import Array, FeatureMap, Latent, PerSample, Scalar
 
 Metrics = dict[str, Scalar]
@@ -68,11 +68,6 @@ class DMD2Stage(LatentStage):
                 )
         self.setup()
 
-    def facts(self) -> Facts:
-        if not (self.config.dmd.teacher or self.config.init_from):
-            raise UserError("config.dmd.teacher and config.init_from are empty; distillation needs a trained teacher")
-        return super().facts()
-
     def setup(self) -> None:
         """What follows from the config alone."""
         config, dmd = self.config, self.config.dmd
@@ -88,6 +83,8 @@ class DMD2Stage(LatentStage):
     def init_state(self, key: jax.Array) -> DMDState:
         """The fake score starts as the teacher, the student as `init_from` (or as the teacher too)."""
         location, traced = self.config.dmd.teacher, isinstance(key, jax.core.Tracer)
+        if not (location or self.config.init_from or traced):
+            raise UserError("config.dmd.teacher and config.init_from are empty; distillation needs a trained teacher")
         teacher = self.params_of(location, "dmd.teacher", shapes_only=traced) if location else self.init_params(key)
         params = self.init_params(key) if self.config.init_from else teacher
         return sharding.born(self.start, params, teacher, key)

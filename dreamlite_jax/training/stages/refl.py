@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from dreamlite_jax.diffusion import guidance, sampler
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.rewards.base import Context, Part, RewardSum
 from dreamlite_jax.rewards.load import load_rewards
 from dreamlite_jax.training import optim, sharding
@@ -42,7 +43,9 @@ class ReFLStage(LatentStage):
         super().__init__(config)
         if not config.refl.rewards:
             raise UserError("config.refl.rewards is empty; ReFL needs at least one reward")
-        self.setup(load_rewards(config.refl.rewards))
+        abstract = self.vae_params is None
+        mesh = None if abstract else sharding.make_mesh(config.mesh)
+        self.setup(load_rewards(config.refl.rewards, mesh, abstract=abstract))
 
     def setup(self, rewards: RewardSum) -> None:
         """What follows from the config and the rewards."""
@@ -59,8 +62,19 @@ class ReFLStage(LatentStage):
         params = self.init_params(key)
         inner = train_state.create(params, optim.optimizer(self.config.optim, self.config.steps))
         start = sharding.born(lambda params: jax.tree.map(jnp.copy, params), params)
-        frozen = {"vae": self.vae_params, "rewards": self.rewards.params}
-        return ReFLState(inner.params, inner.ema, inner.opt_state, inner.step, start, frozen)
+        return ReFLState(inner.params, inner.ema, inner.opt_state, inner.step, start, self.frozen())
+
+    def frozen(self) -> Any:
+        """The networks that never change; zeros where a stage without data knows shapes alone (`training.abstract`)."""
+        vae = self.vae_params
+        if vae is None:
+            side = self.vae_config.downsampling
+            vae = jax.eval_shape(VAE(self.vae_config).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
+
+        def array(x: Any) -> Any:
+            return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+        return jax.tree.map(array, {"vae": vae, "rewards": self.rewards.params})
 
     def step(self, state: ReFLState, batch: Batch) -> tuple[ReFLState, dict[str, jax.Array]]:
         """One update of the parameters."""
