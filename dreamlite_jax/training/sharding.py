@@ -98,6 +98,24 @@ def like_state(tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, state_sharding(mesh, tree))
 
 
+def gathered(params: Any, dtype: Any) -> Any:
+    """Parameters whole on every device; those that are split over fsdp are gathered, once and in `dtype`.
+
+    Left to itself the partitioner splits matrix products over fsdp instead, and moves activations for it (all-to-all).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return params
+
+    def whole(x: jax.Array, placement: NamedSharding) -> jax.Array:
+        if placement.spec == P():
+            return x
+        x = jax.lax.with_sharding_constraint(x.astype(dtype), placement)  # cast first: half the bytes to send
+        return jax.lax.with_sharding_constraint(x, replicated(mesh))
+
+    return jax.tree.map(whole, params, state_sharding(mesh, params))
+
+
 def microbatches(tree: Any, count: int) -> Any:
     """(b, …) leaves as (count, b / count, …), each microbatch over all devices.
 
@@ -119,10 +137,13 @@ def microbatches(tree: Any, count: int) -> Any:
 
 def born(function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, compiled, its arrays made where `state_sharding` of the current mesh puts them."""
-    mesh = jax.sharding.get_abstract_mesh()
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:  # a program is being traced, for its shapes: nothing is made
+        return function(*args)
     if mesh.empty:
         return jax.jit(function)(*args)
-    placement = state_sharding(jax.sharding.get_mesh(), jax.eval_shape(function, *args))
+    placement = state_sharding(mesh, jax.eval_shape(function, *args))
     return jax.jit(function, out_shardings=placement)(*args)
 
 

@@ -48,36 +48,48 @@ def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
 
 
 def make_step(
-    loss_fn: LossFn, config: OptimConfig, steps: int, seed: int, accumulate: int = 1, parts: Parts | None = None
+    loss_fn: LossFn,
+    config: OptimConfig,
+    steps: int,
+    seed: int,
+    accumulate: int = 1,
+    parts: Parts | None = None,
+    dtype: Any = jnp.float32,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """One optimisation step; everything random comes from (seed, step).
 
     Args:
       accumulate: number of microbatches that a batch is worked through in; above 1 the loss is that of `parts`.
+      dtype: that the loss casts large parameters to; under ZeRO they are gathered in it.
     """
     optimizer, learning_rate = optim.optimizer(config, steps), optim.schedule(config, steps)
 
     def gradients(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[tuple[jax.Array, Metrics], Any]:
+        whole = sharding.gathered(params, dtype)
+
+        def owned(result: Any) -> Any:
+            """Gradients where the state keeps their parameters, and of the parameters' dtype."""
+            values, grads = result
+            return values, jax.tree.map(lambda g, p: g.astype(p.dtype), sharding.like_state(grads), params)
+
         if accumulate == 1:
-            return jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+            return owned(jax.value_and_grad(loss_fn, has_aux=True)(whole, batch, key))
         one = jax.value_and_grad(parts.mean_loss, has_aux=True)
         rows = sharding.microbatches(parts.draw(batch, key), accumulate)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            return sharding.like_state(jax.tree.map(jnp.add, total, one(params, part))), None
+            return sharding.like_state(jax.tree.map(jnp.add, total, owned(one(whole, part)))), None
 
-        shapes = jax.eval_shape(one, params, jax.tree.map(lambda x: x[0], rows))
+        shapes = jax.eval_shape(lambda part: owned(one(whole, part)), jax.tree.map(lambda x: x[0], rows))
         total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), rows)
         return jax.tree.map(lambda x: x / accumulate, total)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, metrics), grads = gradients(state.params, batch, key)
-        grads = sharding.like_state(grads)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integers; our own arithmetic does not
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params, opt_state = optim.update(optimizer, grads, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):
             rate = jnp.asarray(learning_rate(state.step), jnp.float32)
-        params = optax.apply_updates(state.params, updates)
         ema = optim.ema_update(state.ema, params, config.ema_decay, state.step.astype(jnp.float32))
         metrics = {
             "loss": loss,
@@ -108,4 +120,7 @@ class OneLoss:
         """One optimisation step."""
         config = self.config
         parts = Parts(self.draw, self.mean_loss) if hasattr(self, "draw") else None
-        return make_step(self.loss, config.optim, config.steps, config.seed, config.accumulate, parts)(state, batch)
+        step = make_step(
+            self.loss, config.optim, config.steps, config.seed, config.accumulate, parts, jnp.dtype(config.dtype)
+        )
+        return step(state, batch)
