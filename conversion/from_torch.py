@@ -11,48 +11,33 @@ Tensors keep their dtype. Text encoder, tokenizer and processor are carried as t
 tensor with its two names, its dtype and its shape; a missing, extra or misshapen one is an error.
 """
 
-import argparse
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dreamlite_jax import cli, model_folder, released
 from dreamlite_jax.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import read_json
-from dreamlite_jax.tensor_files import check_tensors, write_tensors
+from dreamlite_jax.tensor_files import Shape, check_tensors, write_streamed
 
 from . import diffusers_config, names, sources, torch_files
 from .names import TorchTensor
+from .torch_files import Tensors
 
-Converted = tuple[dict[str, TorchTensor], dict[str, np.ndarray]]  # torch names and values, by our path
 NO_TEXT = "prompts cannot be encoded without it"
 NO_VAE = "images cannot be encoded or decoded without it; --vae names one"
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m conversion.from_torch",
-        description=description,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.documented("conversion.from_torch", __doc__)
     parser.add_argument("--source", required=True, help="folder, file or hub id")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not be in use")
     parser.add_argument("--vae", help="autoencoder for a SOURCE that is a U-Net alone: folder, file or hub id")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    report = convert(args.source, args.output, args.vae)
-    print(torch_files.summary(report))
-    print(f"{args.output}: {report['seconds']:.1f} s")
+    args = parser.parse_args(argv)
+    print(torch_files.summary(convert(args.source, args.output, args.vae)))
     return 0
 
 
@@ -67,15 +52,8 @@ def convert(source: str, output: str | Path, vae: str | None = None) -> dict[str
     kind = sources.classify(path)
     if vae is not None and kind != "unet":
         raise UserError(f"--vae goes with a --source that is a U-Net alone; {path} is a {kind}")
-    report: dict[str, Any] = {
-        "command": "conversion.from_torch",
-        "flags": {"source": source, "output": str(output), "vae": vae},
-        "source": str(path.resolve()),
-        "kind": kind,
-        "components": {},
-        "carried": [],
-        "absent": {},
-    }
+    report = torch_files.new_report("from_torch", path, {"source": source, "output": output, "vae": vae})
+    report["kind"] = kind
     with model_folder.new_folder(output) as folder:
         if kind == "pipeline":
             _pipeline(path, folder, report)
@@ -85,8 +63,7 @@ def convert(source: str, output: str | Path, vae: str | None = None) -> dict[str
             check_text_encoder(path, None)
             _carry(path, folder / "text_encoder", report)
         else:
-            config, converted = read_vae(path, kind)
-            _write_vae(folder, config, converted, report)
+            _write_vae(folder, *read_vae(path, kind), report)
         report["seconds"] = time.monotonic() - start
         torch_files.write_report(folder, report)
     return report
@@ -100,8 +77,8 @@ def _pipeline(path: Path, folder: Path, report: dict[str, Any]) -> None:
     if (path / "text_encoder").is_dir():
         check_text_encoder(path / "text_encoder", config.unet.text_dim)
     for component in model_folder.COMPONENTS:
-        converted = read_component(path / component, component, getattr(config, component))
-        _write_component(folder, component, converted, report)
+        tensors = open_component(path / component, component, getattr(config, component))
+        _write_component(folder, component, tensors, report)
     for part in torch_files.TEXT_PARTS:
         if (path / part).is_dir():
             _carry(path / part, folder / part, report)
@@ -115,7 +92,7 @@ def _unet_alone(path: Path, vae: str | None, folder: Path, report: dict[str, Any
     file = path / "config.json"
     raw = read_json(file)
     unet = diffusers_config.unet_from_diffusers(raw, str(file))
-    _write_component(folder, "unet", read_component(path, "unet", unet), report)
+    _write_component(folder, "unet", open_component(path, "unet", unet), report)
     autoencoder = VAEConfig(latent_channels=unet.out_channels)
     if vae is None:
         report["absent"]["vae"] = NO_VAE
@@ -124,55 +101,62 @@ def _unet_alone(path: Path, vae: str | None, folder: Path, report: dict[str, Any
         kind = sources.classify(autoencoder_path)
         if kind not in ("vae", "taesd"):
             raise UserError(f"--vae {vae} is a {kind}; it must be an AutoencoderTiny or an original TAESD")
-        autoencoder, converted = read_vae(autoencoder_path, kind)
+        autoencoder, tensors = read_vae(autoencoder_path, kind)
         if autoencoder.latent_channels != unet.out_channels:
             raise UserError(
                 f"--vae {vae} has {autoencoder.latent_channels} latent channels; the U-Net has {unet.out_channels}"
             )
-        _write_component(folder, "vae", converted, report)
+        _write_component(folder, "vae", tensors, report)
     config = ModelConfig(
         unet=unet,
         vae=autoencoder,
         text=TextConfig(encoder="qwen3_vl", source=".", max_length=512),
         native_size=(raw.get("sample_size") or released.DEFAULT_LATENT_SIZE) * autoencoder.downsampling,
+        edit_size="source",
     )
     report["absent"] |= dict.fromkeys(torch_files.TEXT_PARTS, NO_TEXT)
     model_folder.write_manifest(folder, config, _provenance(report))
 
 
-def read_vae(path: Path, kind: str) -> tuple[VAEConfig, Converted]:
+def read_vae(path: Path, kind: str) -> tuple[VAEConfig, Tensors]:
     """Config and parameters of an autoencoder in either format."""
     if kind == "taesd":
-        return read_taesd(path)
+        return open_taesd(path)
     config = diffusers_config.vae_from_diffusers(read_json(path / "config.json"), str(path / "config.json"))
-    return config, read_component(path, "vae", config)
+    return config, open_component(path, "vae", config)
 
 
-def read_component(path: Path, component: model_folder.Component, config: UNetConfig | VAEConfig) -> Converted:
+def open_component(path: Path, component: model_folder.Component, config: UNetConfig | VAEConfig) -> Tensors:
     """The tensors of a diffusers component folder, strictly those of `config`, in our layout and their own dtype."""
-    table = {"unet": names.UNET, "vae": names.VAE}[component]
-    wanted = table.tensors(model_folder.expected_shapes(component, config))
-    found = torch_files.checkpoint(torch_files.weight_files(path))
-    _check(path, wanted, found)
-    return wanted, torch_files.read_tensors(found, wanted, names.to_our_layout)
+    shapes = model_folder.expected_shapes(component, config)
+    return _opened(path, names.TABLES[component].tensors(shapes), shapes, torch_files.weight_files(path))
 
 
-def read_taesd(path: Path) -> tuple[VAEConfig, Converted]:
+def open_taesd(path: Path) -> tuple[VAEConfig, Tensors]:
     """An original TAESD: two files of numbered layers, from whose shapes the architecture is read."""
-    files = sources.taesd_files(path)
-    found = [torch_files.checkpoint([file]) for file in files]
-    config = taesd_config(*found, str(path))
+    files = dict(zip(("encoder", "decoder"), sources.taesd_files(path), strict=True))
+    config = taesd_config(*(torch_files.checkpoint([file]) for file in files.values()), str(path))
     shapes = model_folder.expected_shapes("vae", config)
-    wanted, values = {}, {}
-    for half, table, tensors in zip(
-        ("encoder", "decoder"), (names.TAESD_ENCODER, names.TAESD_DECODER), found, strict=True
-    ):
-        part = table.tensors({p: shape for p, shape in shapes.items() if p.startswith(f"{half}/")})
-        _check(files[half == "decoder"], part, tensors)
-        values |= torch_files.read_tensors(tensors, part, names.to_our_layout)
-        # In the report both halves stand together: their names are told apart as diffusers' are.
-        wanted |= {p: TorchTensor(f"{half}:{tensor.name}", tensor.shape) for p, tensor in part.items()}
-    return config, (wanted, values)
+    halves = {}
+    for half, table in (("encoder", names.TAESD_ENCODER), ("decoder", names.TAESD_DECODER)):
+        wanted = table.tensors({path: shape for path, shape in shapes.items() if path.startswith(f"{half}/")})
+        halves[half] = _opened(files[half], wanted, shapes, [files[half]])
+    # In the report both halves stand together: their names are told apart as diffusers' are.
+    torch = {
+        path: TorchTensor(f"{half}:{tensor.name}", tensor.shape)
+        for half, tensors in halves.items()
+        for path, tensor in tensors.torch.items()
+    }
+    kinds = halves["encoder"].kinds | halves["decoder"].kinds
+    return config, Tensors(torch, kinds, lambda path: halves[path.partition("/")[0]].read(path))
+
+
+def _opened(where: Path, wanted: Mapping[str, TorchTensor], shapes: Mapping[str, Shape], files: list[Path]) -> Tensors:
+    """Torch files, checked to hold exactly the `wanted` tensors."""
+    found = torch_files.checkpoint(files)
+    expected = {tensor.name: tensor.shape for tensor in wanted.values()}
+    check_tensors(str(where), expected, {name: stored for name, (_, stored) in found.items()})
+    return torch_files.open_checkpoint(found, wanted, shapes)
 
 
 def taesd_config(encoder: torch_files.Checkpoint, decoder: torch_files.Checkpoint, where: str) -> VAEConfig:
@@ -220,25 +204,16 @@ def check_text_encoder(path: Path, text_dim: int | None) -> None:
 # --- writing
 
 
-def _check(where: Path, wanted: Mapping[str, TorchTensor], found: torch_files.Checkpoint) -> None:
-    expected = {tensor.name: tensor.shape for tensor in wanted.values()}
-    check_tensors(str(where), expected, {name: stored for name, (_, stored) in found.items()})
+def _write_component(folder: Path, component: model_folder.Component, tensors: Tensors, report: dict[str, Any]) -> None:
+    write_streamed(folder / model_folder.weight_file(component), tensors.kinds, tensors.read)
+    report["components"][component] = torch_files.component_report(tensors)
 
 
-def _write_component(
-    folder: Path, component: model_folder.Component, converted: Converted, report: dict[str, Any]
-) -> None:
-    wanted, values = converted
-    write_tensors(folder / model_folder.weight_file(component), values)
-    report["components"][component] = torch_files.component_report(wanted, values)
-
-
-def _write_vae(folder: Path, config: VAEConfig, converted: Converted, report: dict[str, Any]) -> None:
+def _write_vae(folder: Path, config: VAEConfig, tensors: Tensors, report: dict[str, Any]) -> None:
     """A single autoencoder, in the form of `model_folder.save_vae`: its config is in the file."""
-    wanted, values = converted
-    report["components"]["vae"] = torch_files.component_report(wanted, values)
-    tree = model_folder.unflatten(values)
+    tree = model_folder.unflatten({path: tensors.read(path) for path in tensors.kinds})
     model_folder.save_vae(folder / model_folder.weight_file("vae"), config, tree, _provenance(report), dtype=None)
+    report["components"]["vae"] = torch_files.component_report(tensors)
 
 
 def _carry(source: Path, target: Path, report: dict[str, Any]) -> None:

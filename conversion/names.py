@@ -189,3 +189,4 @@ UNET = NameTable(UNET_ROWS, "diffusers DreamLiteUNetModel")
 VAE = NameTable(VAE_ROWS, "diffusers AutoencoderTiny")
 TAESD_ENCODER = NameTable(TAESD_ENCODER_ROWS, "the original TAESD encoder")
 TAESD_DECODER = NameTable(TAESD_DECODER_ROWS, "the original TAESD decoder")
+TABLES = {"unet": UNET, "vae": VAE}

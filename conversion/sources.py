@@ -6,6 +6,7 @@ from typing import Literal
 
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import read_json
+from dreamlite_jax.model_folder import LORA_FILES
 from dreamlite_jax.tensor_files import stored_tensors
 
 from .torch_files import refuse_lora, refuse_pickles
@@ -73,7 +74,7 @@ def classify(path: Path) -> Kind:
         return _classify_file(path)
     if (path / "model_index.json").is_file():
         return "pipeline"
-    if (path / "adapter_config.json").is_file() or (path / "pytorch_lora_weights.safetensors").is_file():
+    if any((path / name).is_file() for name in LORA_FILES):
         raise UserError(
             f"{path} is a LoRA, not a model; convert the model it was trained on, and apply the LoRA to that"
         )

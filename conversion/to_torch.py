@@ -5,7 +5,6 @@ encoder is Qwen3-VL. A model with another one has no text encoder there: pass te
 processor=None. Tensors keep their dtype; OUTPUT/report.json lists each with its two names, dtype and shape.
 """
 
-import argparse
 import json
 import shutil
 import time
@@ -13,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dreamlite_jax import cli, model_folder
 from dreamlite_jax.config import ModelConfig
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.tensor_files import check_tensors, open_tensors, stored_tensors, write_tensors
+from dreamlite_jax.tensor_files import Stored, check_tensors, open_tensors, stored_tensors, write_streamed
 
 from . import diffusers_config, names, torch_files
+from .torch_files import Tensors
 
 PARTS = {  # classes of a pipeline's parts, where a converted folder does not say otherwise
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
@@ -32,24 +30,12 @@ PARTS = {  # classes of a pipeline's parts, where a converted folder does not sa
 }
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m conversion.to_torch",
-        description=description,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.documented("conversion.to_torch", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="model folder, or the workdir of a training run")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not be in use")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    report = convert(args.model, args.output)
-    print(torch_files.summary(report))
-    print(f"{args.output}: {report['seconds']:.1f} s")
+    args = parser.parse_args(argv)
+    print(torch_files.summary(convert(args.model, args.output)))
     return 0
 
 
@@ -68,14 +54,7 @@ def convert(model: str | Path, output: str | Path) -> dict[str, Any]:
             f"{model}: unet.condition_layout is {config.unet.condition_layout!r}; the released pipelines only join "
             "panels on width"
         )
-    report: dict[str, Any] = {
-        "command": "conversion.to_torch",
-        "flags": {"model": str(model), "output": str(output)},
-        "source": str(model.resolve()),
-        "components": {},
-        "carried": [],
-        "absent": {},
-    }
+    report = torch_files.new_report("to_torch", model, {"model": model, "output": output})
     with model_folder.new_folder(output) as folder:
         for component in model_folder.COMPONENTS:
             if (model / model_folder.weight_file(component)).is_file():
@@ -117,22 +96,28 @@ def _write_component(
     model: Path, component: model_folder.Component, config: ModelConfig, folder: Path, report: dict[str, Any]
 ) -> None:
     file = model / model_folder.weight_file(component)
-    table, architecture = {"unet": names.UNET, "vae": names.VAE}[component], getattr(config, component)
+    architecture = getattr(config, component)
     shapes = model_folder.expected_shapes(component, architecture)
-    wanted = table.tensors(shapes)
-    check_tensors(str(file), shapes, stored_tensors(file))
-    values = {}
-    with open_tensors(file) as tensors:
-        for path in shapes:
-            values[path] = np.ascontiguousarray(names.to_torch_layout(path, tensors.get_tensor(path)))
-    if component == "unet":
-        described = diffusers_config.unet_to_diffusers(architecture, config.native_size // config.vae.downsampling)
-    else:
-        described = diffusers_config.vae_to_diffusers(architecture)
-    _write_json(folder / component / "config.json", described)
-    torch_values = {wanted[path].name: array for path, array in values.items()}
-    write_tensors(folder / component / torch_files.WEIGHTS, torch_values, {"format": "pt"})
-    report["components"][component] = torch_files.component_report(wanted, values)
+    kinds = stored_tensors(file)
+    check_tensors(str(file), shapes, kinds)
+    with open_tensors(file) as opened:
+        tensors = Tensors(names.TABLES[component].tensors(shapes), kinds, opened.get_tensor)
+        if component == "unet":
+            described = diffusers_config.unet_to_diffusers(architecture, config.native_size // config.vae.downsampling)
+        else:
+            described = diffusers_config.vae_to_diffusers(architecture)
+        _write_json(folder / component / "config.json", described)
+        _write_torch(folder / component / torch_files.WEIGHTS, tensors)
+    report["components"][component] = torch_files.component_report(tensors)
+
+
+def _write_torch(path: Path, tensors: Tensors) -> None:
+    """The file that diffusers reads of a component."""
+    ours = {tensor.name: path for path, tensor in tensors.torch.items()}
+    kinds = {tensor.name: Stored(tensor.shape, tensors.kinds[path].dtype) for path, tensor in tensors.torch.items()}
+    write_streamed(
+        path, kinds, lambda name: names.to_torch_layout(ours[name], tensors.read(ours[name])), {"format": "pt"}
+    )
 
 
 def _carry_text(model: Path, config: ModelConfig, folder: Path, report: dict[str, Any]) -> None:

@@ -1,17 +1,19 @@
 """Checkpoints in the layouts of diffusers: which files hold which tensors, and the report of what was mapped."""
 
+import dataclasses
 import json
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.tensor_files import Stored, open_tensors, shards, stored_tensors
+from dreamlite_jax.tensor_files import Shape, Stored, open_tensors, shards, stored_tensors
 
+from . import names
 from .names import TorchTensor
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -72,39 +74,62 @@ def refuse_lora(path: Path, tensors: Iterable[str]) -> None:
         )
 
 
-def read_tensors(found: Checkpoint, wanted: Mapping[str, TorchTensor], to_ours: Any) -> dict[str, np.ndarray]:
-    """Tensors in our layout and their own dtype, by our path; every file is opened once.
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """A component's tensors between the two layouts; each is read when it is asked for.
 
-    `to_ours(path, array)` gives a view in our layout. The copy that makes it contiguous replaces the tensor read: no
-    more than one is in memory twice.
+    Attributes:
+      torch: torch names and shapes, by our path.
+      kinds: our shapes, and the dtypes, by our path.
+      read: gives a tensor in our layout, by our path.
     """
-    values: dict[str, np.ndarray] = {}
-    for file_path in sorted({found[tensor.name][0] for tensor in wanted.values()}):
-        with open_tensors(file_path) as file:
-            for path, tensor in wanted.items():
-                if found[tensor.name][0] == file_path:
-                    values[path] = np.ascontiguousarray(to_ours(path, file.get_tensor(tensor.name)))
-    return values
+
+    torch: Mapping[str, TorchTensor]
+    kinds: Mapping[str, Stored]
+    read: Callable[[str], np.ndarray]
+
+
+def open_checkpoint(found: Checkpoint, wanted: Mapping[str, TorchTensor], shapes: Mapping[str, Shape]) -> Tensors:
+    """The `wanted` tensors of torch files that have been checked; `shapes` are ours."""
+    files = {path: open_tensors(path) for path in {found[tensor.name][0] for tensor in wanted.values()}}
+    kinds = {path: Stored(shapes[path], found[tensor.name][1].dtype) for path, tensor in wanted.items()}
+
+    def read(path: str) -> np.ndarray:
+        name = wanted[path].name
+        return names.to_our_layout(path, files[found[name][0]].get_tensor(name))
+
+    return Tensors(wanted, kinds, read)
 
 
 # --- what a conversion says of itself
 
 
-def component_report(wanted: Mapping[str, TorchTensor], values: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What was mapped to what: one row a tensor, with dtype and both shapes; and sums."""
-    kinds = {path: Stored.of(array) for path, array in values.items()}
+def new_report(command: str, source: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "tensors": len(values),
-        "parameters": sum(array.size for array in values.values()),
-        "bytes": sum(array.nbytes for array in values.values()),
+        "command": f"conversion.{command}",
+        "flags": {name: None if value is None else str(value) for name, value in flags.items()},
+        "source": str(source.resolve()),
+        "components": {},
+        "carried": [],
+        "absent": {},
+    }
+
+
+def component_report(tensors: Tensors) -> dict[str, Any]:
+    """What was mapped to what: one row a tensor, with dtype and both shapes; and sums."""
+    kinds = tensors.kinds
+    return {
+        "tensors": len(kinds),
+        "parameters": sum(kind.size for kind in kinds.values()),
+        "bytes": sum(kind.bytes for kind in kinds.values()),
         "dtypes": sorted({kind.dtype for kind in kinds.values()}),
         "mapping": [
             {
                 "ours": path,
-                "torch": wanted[path].name,
+                "torch": tensors.torch[path].name,
                 "dtype": kind.dtype,
                 "shape": list(kind.shape),
-                "torch_shape": list(wanted[path].shape),
+                "torch_shape": list(tensors.torch[path].shape),
             }
             for path, kind in kinds.items()
         ],
@@ -152,4 +177,4 @@ def summary(report: Mapping[str, Any]) -> str:
     ]
     lines += [f"{name}: carried as it is" for name in report["carried"]]
     lines += [f"{name}: not there; {why}" for name, why in report["absent"].items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{report['flags']['output']}: {report['seconds']:.1f} s"])

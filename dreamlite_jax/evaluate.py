@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", nargs="+", default=["generate", "edit"], choices=["generate", "edit"])
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--steps", type=int, help="default: 12, or the model's own where it was made for fewer")
-    parser.add_argument("--guidance_scale", type=float, help="default: the model's own; 1 or less: none")
+    parser.add_argument("--guidance_scale", type=float, help="default: the model's own; 1 (for edits both at 1): none")
     parser.add_argument("--image_guidance_scale", type=float, help="default: the model's own")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.items < 8:

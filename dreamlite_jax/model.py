@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from dreamlite_jax import model_folder, pictures, released
-from dreamlite_jax.config import ModelConfig, check_image_size
+from dreamlite_jax.config import ModelConfig, image_size
 from dreamlite_jax.diffusion import flow, guidance, sampler
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.unet import UNet
@@ -106,7 +107,9 @@ class Model:
         Args:
           prompts: one an image; several images of a prompt are the prompt several times (it is encoded once).
           images: sources, squashed to (width, height).
-          guidance_scale: 1 or less means no guidance (one forward pass a step), as a distilled model wants.
+          guidance_scale, image_guidance_scale: at 1 (an edit: both at 1) there is no guidance and one forward pass a
+            step, as a distilled model wants. The second is for edits.
+          width, height: pixels; see `config.image_size` for those not given.
           seeds: one an image; an image depends on its own seed alone. Default 0, 1, ….
           latents: (b, h, w, c) start noise, instead of seeds.
           progress: told of every step as it begins; the images are the same with and without.
@@ -115,23 +118,25 @@ class Model:
           UserError: a size the network cannot take, an empty or over-long prompt, lists of different lengths.
         """
         config = self.config
-        width = config.native_size if width is None else width
-        height = config.native_size if height is None else height
         steps = config.steps if steps is None else steps
         guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
         if image_guidance_scale is None:
             image_guidance_scale = config.image_guidance_scale
-        check_image_size(config, width, height)
+        for name, scale in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
+            if not math.isfinite(scale):
+                raise UserError(f"{name} is {scale}; it must be a finite number")
         count = len(prompts)
         if not count:
             raise UserError("prompts is empty; it needs at least one")
         if images is not None and len(images) != count:
             raise UserError(f"{len(images)} images for {count} prompts; each prompt needs its own")
+        width, height = self._size(width, height, images)
         h, w = height // config.vae.downsampling, width // config.vae.downsampling
         sigmas = flow.sampling_sigmas(steps, flow.shift_mu(config.scheduler, h, w))
         noise = self._start_noise(count, (h, w, config.vae.latent_channels), seeds, latents)
 
-        plan = guidance.branches(editing=images is not None, guided=guidance_scale > 1.0)
+        editing = images is not None
+        plan = guidance.branches(editing, guidance.is_guided(editing, guidance_scale, image_guidance_scale))
         conditioning = self._condition(plan, prompts, images, width, height, noise)
         sizes = np.tile(np.asarray([[width, height]], np.float32), (count, 1))
         noise, sizes = (self._place(x) for x in (noise, sizes))
@@ -140,6 +145,18 @@ class Model:
             final, trajectory = self._sample(self._params["unet"], *inputs, reporting=progress is not None)
             final = np.asarray(final)
         return Generated(np.clip(self.decode_latents(final), -1, 1), final, np.asarray(trajectory))
+
+    def _size(self, width: int | None, height: int | None, images: Sequence[Image.Image] | None) -> tuple[int, int]:
+        """The one size of a batch."""
+        if images is None:
+            return image_size(self.config, width, height)
+        sizes = {image_size(self.config, width, height, image.size) for image in images}
+        if len(sizes) > 1:
+            raise UserError(
+                f"the sources have {len(sizes)} sizes ({', '.join(f'{w}x{h}' for w, h in sorted(sizes)[:3])}…) and a "
+                "batch has one; give width and height, or edit them one by one"
+            )
+        return sizes.pop()
 
     def _start_noise(self, count: int, shape: tuple[int, int, int], seeds, latents) -> np.ndarray:
         if latents is not None:
@@ -248,6 +265,7 @@ def load_model(directory: str | Path, *, dtype: DTypeLike = jnp.float32, text_dt
         from dreamlite_jax.text.load import load_encoder
 
         loaded = load_encoder(config.text, directory, dtype=text_dtype)
-        return CachedEncoder(loaded, image_in_key=config.text.encoder != "minilm")
+        small = config.text.encoder == "minilm"  # and does not look at pictures
+        return CachedEncoder(loaded, capacity=4096 if small else 256, image_in_key=not small)
 
     return Model(config, params, encoder, dtype)

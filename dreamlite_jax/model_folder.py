@@ -36,6 +36,7 @@ from dreamlite_jax.tensor_files import (
 )
 
 FORMAT_VERSION = 1
+LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")  # of a low-rank adapter's folder
 MANIFEST = "model.json"
 Component = Literal["unet", "vae"]
 COMPONENTS: tuple[Component, ...] = ("unet", "vae")
@@ -188,7 +189,12 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     needed = (MANIFEST, *map(weight_file, COMPONENTS))
     missing = [name for name in needed if not (directory / name).is_file()]
     if not directory.is_dir():
-        raise UserError(f"model folder {directory} does not exist")
+        hint = ""
+        if not directory.is_absolute() and len(directory.parts) == 2:
+            hint = f"; if it is a repository on the hub: python -m conversion.from_torch --source {directory}"
+        raise UserError(f"model folder {directory} does not exist{hint}")
+    if any((directory / name).is_file() for name in LORA_FILES):
+        raise UserError(f"{directory} is a LoRA, not a model; give the model it was trained on")
     if MANIFEST in missing or len(missing) == len(COMPONENTS):  # one component alone is allowed, until it is loaded
         hint = ""
         if (directory / "model_index.json").is_file() or (directory / "unet" / "config.json").is_file():

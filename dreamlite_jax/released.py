@@ -57,6 +57,7 @@ def load_config(directory: str | Path) -> ModelConfig:
         text=TextConfig(encoder="qwen3_vl", source=".", max_length=512),
         scheduler=configs.scheduler_from_diffusers(found["scheduler"], str(files["scheduler"])),
         native_size=(found["unet"].get("sample_size") or DEFAULT_LATENT_SIZE) * vae.downsampling,
+        edit_size="source",
         **PIPELINES[name]._asdict(),
     )
 
@@ -68,8 +69,8 @@ def load_params(directory: str | Path, component: Component, config: ModelConfig
       UserError: a missing, extra or misshapen tensor (with its nearest match), a truncated file.
     """
     folder = Path(directory) / component
-    _, values = _conversion("from_torch").read_component(folder, component, getattr(config, component))
-    return unflatten({path: np.asarray(value, np.float32) for path, value in values.items()})
+    tensors = _conversion("from_torch").open_component(folder, component, getattr(config, component))
+    return unflatten({path: np.asarray(tensors.read(path), np.float32, order="C") for path in tensors.kinds})
 
 
 def _conversion(module: str) -> Any:

@@ -1,4 +1,13 @@
-"""Generates or edits: python -m dreamlite_jax.sample --model DIR --prompt TEXT [--image PNG] --output PNG."""
+"""Generates or edits: python -m dreamlite_jax.sample --model DIR --prompt TEXT [--image PNG] --output PNG.
+
+  generate   --prompt "a red fox on a frozen lake" --output fox.png --num_images 4
+  edit       --prompt "make it snowy" --image house.jpg --output snowy.png
+
+DIR is a model folder, the workdir of a training run, or a released DreamLite folder as it is (base or mobile): the
+folder says how many steps and how much guidance it wants. An image depends on its prompt and its own seed alone, not on
+what else is in the batch or on how many devices there are. Every PNG carries all its settings as metadata, under
+dreamlite_jax; --preview shows what the model predicted at each step.
+"""
 
 import argparse
 import json
@@ -6,27 +15,33 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
+from PIL import Image
 
 from dreamlite_jax import cli
-from dreamlite_jax.config import ModelConfig, check_image_size
+from dreamlite_jax.config import ModelConfig, image_size
 from dreamlite_jax.errors import UserError
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = cli.Parser(prog="python -m dreamlite_jax.sample", description=__doc__)
+    parser = cli.documented("dreamlite_jax.sample", __doc__)
     parser.add_argument(
         "--model", required=True, type=Path, help="model folder, workdir of a training run, or diffusers folder"
     )
     parser.add_argument("--prompt", required=True, help="what to draw, or with --image what to change")
-    parser.add_argument("--image", type=Path, help="source of an edit")
+    parser.add_argument("--image", type=Path, help="source of an edit; PNG, JPEG or WebP")
     parser.add_argument("--output", required=True, type=Path, help="PNG; with several images a number is added")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--guidance_scale", type=float, help="1 or less: none")
-    parser.add_argument("--image_guidance_scale", type=float)
-    parser.add_argument("--width", type=int)
+    parser.add_argument("--steps", type=int, help="default: the model's own, as for the scales")
+    parser.add_argument("--guidance_scale", type=float, help="of the prompt; 1 (and 1 below, for an edit): no guidance")
+    parser.add_argument("--image_guidance_scale", type=float, help="of an edit's source")
+    parser.add_argument(
+        "--width",
+        type=int,
+        help="pixels, as --height; default: the model's native size, or for an edit by a released model the source's "
+        "size, rounded down to what the network takes",
+    )
     parser.add_argument("--height", type=int)
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the next ones count up")
     parser.add_argument("--num_images", type=int, default=1)
@@ -34,18 +49,25 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check(args: argparse.Namespace) -> None:
+class Job(NamedTuple):
+    """A command line that has been checked."""
+
+    config: ModelConfig
+    image: Image.Image | None
+    width: int
+    height: int
+
+
+def check(args: argparse.Namespace) -> Job:
     """Everything that can be wrong before the model is loaded."""
+    from dreamlite_jax import pictures
     from dreamlite_jax.model import load_config
     from dreamlite_jax.text.templates import clean_prompt
 
     clean_prompt("edit" if args.image else "generate", args.prompt)
     config = load_config(args.model)
-    check_image_size(
-        config,
-        config.native_size if args.width is None else args.width,
-        config.native_size if args.height is None else args.height,
-    )
+    image = pictures.read_picture(args.image) if args.image else None
+    width, height = image_size(config, args.width, args.height, image.size if image else None)
     for name, least in (("steps", 1), ("num_images", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -59,6 +81,7 @@ def check(args: argparse.Namespace) -> None:
     cli.check_writable("--output", args.output.parent)
     if args.preview:
         cli.check_writable("--preview", args.preview)
+    return Job(config, image, width, height)
 
 
 def outputs(output: Path, count: int) -> list[Path]:
@@ -83,29 +106,28 @@ class StepBar:
         self._stream.flush()
 
 
-def settings_of(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, job: Job) -> dict[str, Any]:
     """What made the images, defaults resolved: the PNGs carry it as metadata."""
-    given = {"width": config.native_size, "height": config.native_size}
-    given |= {name: getattr(config, name) for name in ("steps", "guidance_scale", "image_guidance_scale")}
-    given |= {name: getattr(args, name) for name in given if getattr(args, name) is not None}
-    return {"prompt": args.prompt, "image": str(args.image) if args.image else None, **given, "model": str(args.model)}
+    chosen = {name: getattr(job.config, name) for name in ("steps", "guidance_scale", "image_guidance_scale")}
+    chosen |= {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
+    chosen |= {"width": job.width, "height": job.height}
+    return {"prompt": args.prompt, "image": str(args.image) if args.image else None, **chosen, "model": str(args.model)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
-    check(args)
+    job = check(args)
     from dreamlite_jax import load_model, pictures
 
-    image = pictures.read_picture(args.image) if args.image else None
     model = load_model(args.model)
     started = time.monotonic()
     seeds = [args.seed + i for i in range(args.num_images)]
-    settings = settings_of(args, model.config)
+    settings = settings_of(args, job)
     options = {k: settings[k] for k in ("steps", "guidance_scale", "image_guidance_scale", "width", "height")}
     bar = StepBar()
     result = model.run(
         [args.prompt] * args.num_images,
-        images=[image] * args.num_images if image else None,
+        images=[job.image] * args.num_images if job.image else None,
         seeds=seeds,
         progress=bar if bar.shown else None,
         **options,

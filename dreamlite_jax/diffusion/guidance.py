@@ -26,6 +26,11 @@ def branches(editing: bool, guided: bool) -> tuple[Branch, ...]:
     return DUAL if editing else SINGLE
 
 
+def is_guided(editing: bool, guidance_scale: float, image_guidance_scale: float) -> bool:
+    """Whether other branches than the prompt's matter: where all scales are 1 they cancel in `combine`."""
+    return guidance_scale != 1.0 or (editing and image_guidance_scale != 1.0)
+
+
 def combine(
     velocities: Float[Array, "g b h w c"], guidance_scale: Scalar | float, image_guidance_scale: Scalar | float
 ) -> Latent:

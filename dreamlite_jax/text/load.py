@@ -1,5 +1,7 @@
 """The prompt encoder that a config names."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,10 +20,11 @@ def load_encoder(config: TextConfig, directory: str | Path = ".", *, dtype: DTyp
       dtype: of Qwen3-VL's weights and computation; MiniLM is always float32.
 
     Raises:
-      UserError: the weights are missing, damaged, or (MiniLM) differ from `config.sha256`.
+      UserError: the weights are missing, damaged, or differ from `config.sha256`.
     """
     if config.encoder == "qwen3_vl":
-        from dreamlite_jax.text.qwen_encoder import QwenEncoder
+        from dreamlite_jax.models.qwen_vl.load import weight_files
+        from dreamlite_jax.text.qwen_encoder import BUCKETS, QwenEncoder, weights_folder
 
         folder = Path(directory) / config.source  # an absolute source stands alone
         if not any((folder / name).is_file() for name in ("text_encoder/config.json", "config.json")):
@@ -29,17 +32,39 @@ def load_encoder(config: TextConfig, directory: str | Path = ".", *, dtype: DTyp
                 f"text.source {config.source}: {folder} has no text_encoder/config.json; this model's prompts are "
                 "encoded by Qwen3-VL, whose folders text_encoder, tokenizer and processor belong there"
             )
-        return QwenEncoder.load(folder, dtype=dtype)
+        if config.sha256:
+            check_sha256(config, sha256_of(weight_files(weights_folder(folder))))
+        return QwenEncoder.load(folder, dtype=dtype, buckets=buckets_up_to(config.max_length, BUCKETS))
     from dreamlite_jax.models.minilm import load_minilm, minilm_directory, weights_sha256
     from dreamlite_jax.text.minilm_encoder import MiniLMEncoder
 
     directory = minilm_directory()
-    found = weights_sha256(directory)
-    if config.sha256 and found != config.sha256:
+    if config.sha256:
+        check_sha256(config, weights_sha256(directory))
+    _, params = load_minilm(directory)
+    buckets = buckets_up_to(config.max_length, (16, 32, 48, 64, 128, 256))
+    return MiniLMEncoder(params, max_length=config.max_length, buckets=buckets)
+
+
+def buckets_up_to(longest: int, usual: Sequence[int]) -> tuple[int, ...]:
+    """The usual padded lengths below the longest, and that."""
+    return (*(length for length in usual if length < longest), longest)
+
+
+def sha256_of(files: Sequence[Path]) -> str:
+    """The hexadecimal sha256 of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sha256(config: TextConfig, found: str) -> None:
+    """Raises `UserError` unless the weights are those that the config names."""
+    if found != config.sha256:
         raise UserError(
             f"text.sha256: the encoder's weights in {config.source} have sha256 {found[:12]}…, but the model was "
             f"trained with {config.sha256[:12]}…; install the version it names"
         )
-    _, params = load_minilm(directory)
-    buckets = (*tuple(n for n in (16, 32, 48, 64, 128, 256) if n < config.max_length), config.max_length)
-    return MiniLMEncoder(params, max_length=config.max_length, buckets=buckets)

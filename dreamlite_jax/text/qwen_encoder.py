@@ -102,8 +102,7 @@ class QwenEncoder:
             UserError: a file is missing or does not belong to the weights (see `QwenTokenizer`, `load_qwen_vl`).
         """
         folder = Path(folder)
-        weights = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
-        model, params = load_qwen_vl(weights, dtype=dtype, mesh=mesh)
+        model, params = load_qwen_vl(weights_folder(folder), dtype=dtype, mesh=mesh)
         tokenizer = QwenTokenizer(_find(folder, ("tokenizer", "processor"), ("tokenizer.json",)), model.config)
         settings = _find(folder, ("processor",), ("preprocessor_config.json", "processor_config.json"))
         pictures = read_picture_inputs(settings, model.config.vision)
@@ -187,6 +186,11 @@ class QwenEncoder:
         with jax.default_matmul_precision("highest"):
             states = self._model.apply({"params": params}, ids, mask, jnp.moveaxis(positions, 1, 0), patches, grid)
         return states[:, dropped:].astype(jnp.float32)
+
+
+def weights_folder(folder: Path) -> Path:
+    """Where the weights are: in text_encoder/ of a diffusers folder, or in the folder itself."""
+    return folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
 
 
 def _find(folder: Path, inside: Sequence[str], names: Sequence[str]) -> Path:

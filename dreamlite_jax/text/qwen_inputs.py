@@ -136,6 +136,15 @@ def read_picture_inputs(path: str | Path, vision: VisionTowerConfig) -> PictureI
     ):
         if settings.get(key, ours) != ours:
             raise UserError(f"{path}: {key} is {settings[key]}; config.json of the weights says {ours}")
+    multiple = vision.patch_size * vision.spatial_merge_size
+    if SOURCE_PX % multiple:
+        raise UserError(
+            f"{path}: the processor would resize a source of {SOURCE_PX} pixels a side to a multiple of patch_size x "
+            f"merge_size, {multiple}; the released pipelines have patches of 16"
+        )
+    for key, ours in (("do_rescale", True), ("do_normalize", True), ("rescale_factor", 1 / 255)):
+        if settings.get(key, ours) != ours:
+            raise UserError(f"{path}: {key} is {settings[key]}; it must be {ours}")
     size = settings.get("size") or {}
     smallest = size.get("shortest_edge", settings.get("min_pixels")) or 0
     largest = size.get("longest_edge", settings.get("max_pixels")) or SOURCE_PX**2

@@ -1,20 +1,27 @@
-"""The released architecture at full size: bit-equal there and back, and within a bound on memory."""
+"""The released architecture at full size: bit-equal there and back, both ways, and within a bound on memory."""
 
+import filecmp
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch_layouts as layouts
+from qwen_oracle import QWEN3_VL_2B
 
 from conversion import diffusers_config, names, torch_files
 from dreamlite_jax.config import UNetConfig, VAEConfig
-from dreamlite_jax.model_folder import COMPONENTS, expected_shapes
-from dreamlite_jax.tensor_files import write_tensors
+from dreamlite_jax.model_folder import COMPONENTS, expected_shapes, weight_file
+from dreamlite_jax.models.qwen_vl import load
+from dreamlite_jax.models.qwen_vl.config import from_transformers
+from dreamlite_jax.models.qwen_vl.model import QwenVL, abstract_params
+from dreamlite_jax.tensor_files import Stored, write_streamed, write_tensors
 
-MEMORY_FACTOR = 3  # of the checkpoint's size
+MEMORY_FACTOR = 3  # of the checkpoint's size, U-Net and autoencoder alone
 ARCHITECTURES = {"unet": UNetConfig(), "vae": VAEConfig()}
 # Runs a command and prints its peak memory in bytes. Not `ru_maxrss`: a child begins with that of its parent.
 PEAK = (
@@ -68,26 +75,56 @@ def write_full_size(folder: Path, pipeline: str, dtype, shards: int) -> Path:
     return folder
 
 
+def write_text_encoder(folder: Path) -> None:
+    """Qwen3-VL-2B in bfloat16, 4.3 GB: its config, and a file with its tensors; of the values only the bits matter."""
+    config = from_transformers(QWEN3_VL_2B)
+    slots = load.expected_tensors(abstract_params(QwenVL(config)), config)
+    rng = np.random.default_rng(1)
+    block = rng.standard_normal(2**20, np.float32).astype(ml_dtypes.bfloat16)  # drawing all of them takes minutes
+
+    def values(name: str) -> np.ndarray:
+        shape = slots[name.removeprefix("model.")].shape
+        return np.resize(np.roll(block, rng.integers(len(block))), shape)
+
+    layouts.write_json(folder / "config.json", QWEN3_VL_2B)
+    kinds = {f"model.{name}": Stored(slot.shape, "BF16") for name, slot in slots.items()}
+    write_streamed(folder / load.SINGLE, kinds, values, {"format": "pt"})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("pipeline", "dtype", "shards"),
-    [("DreamLitePipeline", "fp32", 3), ("DreamLiteMobilePipeline", "bf16", 1)],
-    ids=["base, fp32, 3 shards", "mobile, bf16, one file"],
+    ("pipeline", "dtype", "shards", "text"),
+    [("DreamLitePipeline", "fp32", 3, False), ("DreamLiteMobilePipeline", "bf16", 1, True)],
+    ids=["base, fp32, 3 shards", "mobile, bf16, one file, text encoder"],
 )
-def test_full_size_there_and_back(pipeline, dtype, shards, tmp_path):
-    source = write_full_size(tmp_path / "theirs", pipeline, layouts.DTYPES[dtype], shards)
-    size = sum(path.stat().st_size for path in source.rglob("*.safetensors"))
-    peaks = {
-        "from_torch": run("conversion.from_torch", "--source", source, "--output", tmp_path / "ours"),
-        "to_torch": run("conversion.to_torch", "--model", tmp_path / "ours", "--output", tmp_path / "back"),
-    }
+def test_full_size_there_and_back(pipeline, dtype, shards, text, tmp_path):
+    """A diffusers folder to ours to diffusers, and from there to ours again: the reverse trip of the first of ours."""
+    theirs, ours, back, again = (tmp_path / name for name in ("theirs", "ours", "back", "again"))
+    write_full_size(theirs, pipeline, layouts.DTYPES[dtype], shards)
+    size = sum(path.stat().st_size for path in theirs.rglob("*.safetensors"))
+    if text:
+        write_text_encoder(theirs / "text_encoder")
+    peaks = [
+        run("conversion.from_torch", "--source", theirs, "--output", ours),
+        run("conversion.to_torch", "--model", ours, "--output", back),
+        run("conversion.from_torch", "--source", back, "--output", again),
+    ]
     for component in COMPONENTS:
-        layouts.assert_same_bits(
-            layouts.read_component(source / component), layouts.read_component(tmp_path / "back" / component)
-        )
-    report = json.loads((tmp_path / "ours" / "report.json").read_text())
+        layouts.assert_same_bits(layouts.read_component(theirs / component), layouts.read_component(back / component))
+        file = weight_file(component)
+        layouts.assert_same_bits(layouts.read_all(ours / file), layouts.read_all(again / file))
+    report = json.loads((ours / "report.json").read_text())
+    tensors = sum(part["tensors"] for part in report["components"].values())
     assert report["components"]["unet"]["parameters"] == 389_968_388
-    assert json.loads((tmp_path / "back" / "model_index.json").read_text())["_class_name"] == pipeline
-    factors = {name: peak / size for name, peak in peaks.items()}
-    print(f"{pipeline} {dtype}: checkpoint {size / 1e9:.2f} GB, peak memory " + str(factors))
-    assert all(1 < factor < MEMORY_FACTOR for factor in factors.values())
+    assert json.loads((back / "model_index.json").read_text())["_class_name"] == pipeline
+    for copy in (ours, back, again) if text else ():
+        part = f"text_encoder/{load.SINGLE}"
+        assert filecmp.cmp(theirs / part, copy / part, shallow=False)
+        shutil.rmtree(copy / "text_encoder")  # pytest would keep 17 GB
+    shutil.rmtree(theirs)
+    factors = ", ".join(f"{peak / size:.2f}" for peak in peaks)
+    print(
+        f"{pipeline}, {dtype}: {tensors} tensors bit-equal there and back, and the reverse; checkpoint "
+        f"{size / 1e9:.2f} GB, peak memory of each conversion {factors} of it"
+    )
+    assert all(peak < MEMORY_FACTOR * size for peak in peaks)

@@ -30,6 +30,14 @@ def test_scale_one_is_the_prompted_velocity(velocities):
     np.testing.assert_allclose(guidance.combine(velocities, 1.0, 1.0), text, atol=1e-6)
 
 
+@pytest.mark.parametrize("editing", [False, True])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 1.5), (0.5, 1.0), (3.5, 1.0)])
+def test_there_is_guidance_where_the_other_branches_matter(velocities, editing, scales):
+    seen = velocities if editing else velocities[::2]
+    matters = np.abs(guidance.combine(seen, *scales) - velocities[-1]).max() > 1e-5
+    assert guidance.is_guided(editing, *scales) == matters
+
+
 def test_scale_zero_leaves_the_text_out(velocities):
     null, image, _ = velocities
     np.testing.assert_allclose(guidance.combine(velocities[::2], 0.0, 7.0), null, atol=1e-6)

