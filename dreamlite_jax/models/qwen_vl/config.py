@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from dreamlite_jax.config import from_dict
 from dreamlite_jax.errors import UserError
+
+Family = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]  # model_type in config.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,16 @@ class TextTowerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VisionTowerConfig:
-    """Vision transformer of Qwen3-VL: learned positions resampled to the grid, axial RoPE, deepstack taps.
+    """Vision transformer with axial RoPE; what the families do differently:
+
+    | family     | norms | MLP         | positions       | attention                 | text tower gets            |
+    |------------|-------|-------------|-----------------|---------------------------|----------------------------|
+    | qwen2_vl   | layer | quick GELU  | rotary          | full                      | the last block's features  |
+    | qwen2_5_vl | RMS   | gated, SiLU | rotary          | windows but `full_blocks` | the last block's features  |
+    | qwen3_vl   | layer | tanh GELU   | rotary, learned | full                      | those and `deepstack` taps |
 
     `deepstack_indexes` are the blocks whose output also enters the first text layers, one block a layer.
-    `num_position_embeddings` is the area of the square table of learned positions.
+    `num_position_embeddings` is the area of the square table of learned positions, `window_px` the side of a window.
     """
 
     depth: int
@@ -56,12 +64,15 @@ class VisionTowerConfig:
     intermediate_size: int
     num_heads: int
     out_hidden_size: int
-    deepstack_indexes: tuple[int, ...]
+    family: Family = "qwen3_vl"
+    deepstack_indexes: tuple[int, ...] = ()
+    full_blocks: tuple[int, ...] = ()
+    window_px: int = 0
     patch_size: int = 16
     temporal_patch_size: int = 2
     spatial_merge_size: int = 2
     in_channels: int = 3
-    num_position_embeddings: int = 2304
+    num_position_embeddings: int = 0
     rope_theta: float = 10000.0
 
     def __post_init__(self):
@@ -70,15 +81,30 @@ class VisionTowerConfig:
                 f"vision_config.hidden_size {self.hidden_size} is not a multiple of 4 x num_heads {self.num_heads}; "
                 "each head is rotated in quarters (sine and cosine of row and column)"
             )
+        if (self.num_position_embeddings > 0) != (self.family == "qwen3_vl"):
+            raise UserError(
+                f"vision_config.num_position_embeddings is {self.num_position_embeddings}; qwen3_vl has learned "
+                f"positions, the other families none, and this is {self.family}"
+            )
         if self.position_side**2 != self.num_position_embeddings:
             raise UserError(
                 f"vision_config.num_position_embeddings {self.num_position_embeddings} is not a square number"
             )
-        taps = self.deepstack_indexes
-        if list(taps) != sorted(set(taps)) or any(not 0 <= tap < self.depth for tap in taps):
+        for name, blocks in (
+            ("deepstack_visual_indexes", self.deepstack_indexes),
+            ("fullatt_block_indexes", self.full_blocks),
+        ):
+            if list(blocks) != sorted(set(blocks)) or any(not 0 <= block < self.depth for block in blocks):
+                raise UserError(
+                    f"vision_config.{name} is {list(blocks)}; it must be increasing block numbers below "
+                    f"depth {self.depth}"
+                )
+        unit_px = self.patch_size * self.spatial_merge_size
+        windows = self.window_px >= unit_px and self.window_px % unit_px == 0
+        if not (windows if self.family == "qwen2_5_vl" else self.window_px == 0):
             raise UserError(
-                f"vision_config.deepstack_visual_indexes is {list(taps)}; it must be increasing block numbers below "
-                f"depth {self.depth}"
+                f"vision_config.window_size is {self.window_px}; qwen2_5_vl needs a multiple of {unit_px} pixels, the "
+                f"other families have none, and this is {self.family}"
             )
 
     @property
@@ -90,6 +116,11 @@ class VisionTowerConfig:
     def merge_unit(self) -> int:
         """Patches that become one text token."""
         return self.spatial_merge_size**2
+
+    @property
+    def window_side(self) -> int:
+        """Blocks of merged patches along a window; 0: no windows."""
+        return self.window_px // (self.patch_size * self.spatial_merge_size)
 
     @property
     def position_side(self) -> int:
@@ -120,7 +151,7 @@ class QwenVLConfig:
 
 
 def from_transformers(mapping: Mapping[str, Any], where: str = "config.json") -> QwenVLConfig:
-    """Config of a Qwen3-VL checkpoint from its parsed `config.json`, written by transformers 4.57 or 5.
+    """Config of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint from its `config.json`, of transformers 4 or 5.
 
     Keys that do not change the hidden states (token ids of generation, dropout, initialiser) are ignored.
 
@@ -128,20 +159,46 @@ def from_transformers(mapping: Mapping[str, Any], where: str = "config.json") ->
       UserError: another model type, a missing size, or a variant that the towers do not compute (the message names the
         key, its value and what is supported).
     """
-    if mapping.get("model_type") != "qwen3_vl":
-        raise UserError(f"{where}: model_type is {mapping.get('model_type')!r}; it must be 'qwen3_vl'")
-    text, vision = _section(mapping, "text_config", where), _section(mapping, "vision_config", where)
-    _require(text, "hidden_act", "silu", f"{where}: text_config")
-    _require(text, "attention_bias", False, f"{where}: text_config")
-    _require(vision, "hidden_act", "gelu_pytorch_tanh", f"{where}: vision_config")
+    family = mapping.get("model_type")
+    if family not in _ACTIVATIONS:
+        raise UserError(f"{where}: model_type is {family!r}; it must be one of {', '.join(map(repr, _ACTIVATIONS))}")
+    flat = family != "qwen3_vl" and "text_config" not in mapping  # transformers 4 had the text's sizes at the top
+    text = mapping if flat else _section(mapping, "text_config", where)
+    vision = _section(mapping, "vision_config", where)
+    in_text, in_vision = (where if flat else f"{where}: text_config"), f"{where}: vision_config"
+    _require(text, "hidden_act", "silu", in_text)
+    _require(text, "attention_bias", False, in_text)
+    _require(text, "use_sliding_window", False, in_text)
+    _require(vision, "hidden_act", _ACTIVATIONS[family], in_vision)
     ids = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
     towers = {
-        "text": _fields(text, TextTowerConfig, _TEXT_NAMES)
-        | _rope(text, ("default", "mrope"), f"{where}: text_config"),
-        "vision": _fields(vision, VisionTowerConfig, _VISION_NAMES)
-        | _rope(vision, ("axial",), f"{where}: vision_config"),
-    }
+        "text": _text_variant(text, family) | _fields(text, TextTowerConfig, _TEXT_NAMES)
+        | _rope(text, ("default", "mrope"), in_text),
+        "vision": {"family": family} | _vision_fields(vision, family) | _rope(vision, ("axial",), in_vision),
+    }  # fmt: skip
     return from_dict(QwenVLConfig, towers | {key: mapping[key] for key in ids if key in mapping}, where)
+
+
+_ACTIVATIONS: dict[str, str] = {"qwen2_vl": "quick_gelu", "qwen2_5_vl": "silu", "qwen3_vl": "gelu_pytorch_tanh"}
+
+
+def _text_variant(text: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """What config.json leaves to the family, and the width of a head, which may be missing."""
+    newest = family == "qwen3_vl"
+    variant: dict[str, Any] = {"mrope_interleaved": newest, "qk_norm": newest, "qkv_bias": not newest}
+    if not newest and {"hidden_size", "num_attention_heads"} <= text.keys():
+        variant["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+    return variant
+
+
+def _vision_fields(vision: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Sizes of the vision tower; Qwen2-VL calls the text's width hidden_size and its own embed_dim."""
+    fields = _fields(vision, VisionTowerConfig, _VISION_NAMES)
+    if family == "qwen2_vl" and {"embed_dim", "hidden_size"} <= vision.keys():
+        width = vision["embed_dim"]
+        hidden = int(width * vision.get("mlp_ratio", 4))
+        fields |= {"hidden_size": width, "out_hidden_size": vision["hidden_size"], "intermediate_size": hidden}
+    return fields
 
 
 # Our field name: the name in config.json, where they differ.
@@ -151,7 +208,11 @@ _TEXT_NAMES = {
     "num_kv_heads": "num_key_value_heads",
     "norm_eps": "rms_norm_eps",
 }
-_VISION_NAMES = {"deepstack_indexes": "deepstack_visual_indexes"}
+_VISION_NAMES = {
+    "deepstack_indexes": "deepstack_visual_indexes",
+    "full_blocks": "fullatt_block_indexes",
+    "window_px": "window_size",
+}
 
 
 def _fields(section: Mapping[str, Any], cls: type, names: Mapping[str, str]) -> dict[str, Any]:

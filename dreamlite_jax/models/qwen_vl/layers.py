@@ -44,6 +44,23 @@ class LayerNorm(nn.Module):
         return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+class GatedMLP(nn.Module):
+    """SwiGLU."""
+
+    features: int
+    use_bias: bool
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, self.use_bias, self.dtype, param_dtype=self.param_dtype, name=name)
+
+        hidden = nn.silu(dense(self.features, "gate_proj")(x)) * dense(self.features, "up_proj")(x)
+        return dense(x.shape[-1], "down_proj")(hidden)
+
+
 def attention(
     q: Float[Array, "b s k e"], k: Float[Array, "b t g e"], v: Float[Array, "b t g e"], bias: Array | None = None
 ) -> Float[Array, "b s k e"]:

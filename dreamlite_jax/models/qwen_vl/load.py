@@ -1,7 +1,7 @@
-"""Weights of Qwen3-VL from a transformers folder: `config.json` beside one safetensors file or several shards."""
+"""Weights of a Qwen vision-language model from a transformers folder: `config.json` beside its safetensors files."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 UNUSED = ("lm_head.weight",)  # next-token logits; an encoder stops before them
 
 LeafPath = tuple[str, ...]  # of a leaf in our parameter tree
+NameOf = Callable[[LeafPath, int | None], str]  # of a leaf, and of which layer of it, in the checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ def load_qwen_vl(
     remat: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[QwenVL, Any]:
-    """Model and parameters of a transformers folder of Qwen3-VL (2B, 4B, 8B: the sizes are in its config.json).
+    """Model and parameters of a transformers folder of Qwen2-VL, Qwen2.5-VL or Qwen3-VL; config.json has the sizes.
 
     Args:
       dtype: of the computation.
@@ -66,11 +67,18 @@ def read_config(folder: str | Path) -> QwenVLConfig:
     return from_transformers(read_json(path), str(path))
 
 
-def load_params(folder: Path, shapes: Any, config: QwenVLConfig, shardings: Any = None) -> Any:
-    """Arrays for a tree of shapes (`abstract_params`), read leaf by leaf and put on the devices as `shardings` say."""
-    slots = expected_tensors(shapes, config)
-    places = stored_tensors(folder)
-    check_tensors(folder, slots, places)
+def load_params(
+    source: Path, shapes: Any, config: QwenVLConfig, shardings: Any = None, name: NameOf | None = None
+) -> Any:
+    """Arrays for a tree of shapes (`abstract_params`), read leaf by leaf and put on the devices as `shardings` say.
+
+    Args:
+      source: a folder of weight files, or one file.
+      name: of leaves in the checkpoint; None: as transformers calls those of the towers.
+    """
+    slots = expected_tensors(shapes, config, name)
+    places = stored_tensors(source)
+    check_tensors(source, slots, places)
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     placements = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
     sources: dict[LeafPath, list[str]] = {}
@@ -97,15 +105,15 @@ def keys(path: tuple) -> LeafPath:
 # --- names and layouts: ours (kernel (in, out), stacked layers) against torch's (weight (out, in), one tensor a layer)
 
 
-def expected_tensors(shapes: Any, config: QwenVLConfig) -> dict[str, Slot]:
-    """Every tensor a checkpoint of this config holds, under the name transformers gives it (without "model.")."""
+def expected_tensors(shapes: Any, config: QwenVLConfig, name: NameOf | None = None) -> dict[str, Slot]:
+    """Every tensor a checkpoint of this config holds, under its `short_name`; `name` as in `load_params`."""
     slots = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
         key = keys(path)
         stacked = any(part in STACKED for part in key)
         for layer in range(leaf.shape[0]) if stacked else (None,):
             shape = torch_shape(key, leaf.shape[1:] if stacked else leaf.shape, config)
-            slots[torch_name(key, layer)] = Slot(key, layer, shape)
+            slots[(name or torch_name)(key, layer)] = Slot(key, layer, shape)
     return slots
 
 
@@ -147,26 +155,37 @@ class Place:
     stored: Stored
 
 
-def stored_tensors(folder: Path) -> dict[str, Place]:
-    """All tensors of a folder's weight files, without reading their values, by name without a leading "model."."""
+def short_name(name: str) -> str:
+    """A tensor's name in the layout of transformers 5, without its leading "model.".
+
+    Before 4.52 the towers were called "visual" and "model", and files have kept those names.
+    """
+    short = name.removeprefix("model.")
+    return f"language_model.{short}" if short.split(".")[0] in ("embed_tokens", "layers", "norm") else short
+
+
+def stored_tensors(source: Path) -> dict[str, Place]:
+    """All tensors of a folder's weight files, or of one file, without reading their values, by their `short_name`."""
     found: dict[str, Place] = {}
-    for path in weight_files(folder):
+    for path in weight_files(source):
         for name, stored in tensor_files.stored_tensors(path).items():
-            short = name.removeprefix("model.")
+            short = short_name(name)
             if short in found:
-                raise UserError(f"tensor {name!r} is both in {found[short].file.name} and in {path.name} of {folder}")
+                raise UserError(f"tensor {name!r} is both in {found[short].file.name} and in {path.name} of {source}")
             found[short] = Place(path, name, stored)
     return found
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the shards its index names, or the single file."""
-    if (folder / INDEX).is_file():
-        return tensor_files.shards(folder / INDEX)
-    if not (folder / SINGLE).is_file():
-        beside = ", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no safetensors file"
-        raise UserError(f"{folder / SINGLE} does not exist; the folder has {beside}")
-    return [folder / SINGLE]
+def weight_files(source: Path) -> list[Path]:
+    """The safetensors files of a folder: the shards its index names, or the single file. A file stands for itself."""
+    if source.is_file():
+        return [source]
+    if (source / INDEX).is_file():
+        return tensor_files.shards(source / INDEX)
+    if not (source / SINGLE).is_file():
+        beside = ", ".join(sorted(p.name for p in source.glob("*.safetensors"))) or "no safetensors file"
+        raise UserError(f"{source / SINGLE} does not exist; the folder has {beside}")
+    return [source / SINGLE]
 
 
 def check_tensors(folder: Path, slots: Mapping[str, Slot], places: Mapping[str, Place]) -> None:

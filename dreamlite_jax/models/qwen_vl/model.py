@@ -1,4 +1,7 @@
-"""Qwen3-VL as an encoder: token ids and patches to the last hidden state (oracle: transformers `Qwen3VLModel`)."""
+"""A Qwen vision-language model as an encoder: token ids and patches to the last hidden state.
+
+Oracles: transformers `Qwen2VLModel`, `Qwen2_5_VLModel`, `Qwen3VLModel`.
+"""
 
 from typing import Any
 
@@ -55,17 +58,41 @@ class QwenVL(nn.Module):
           positions: from `rope.text_positions` or `rope.multimodal_positions`.
           patches: m images a sample in the order of their image tokens, all of one `grid` (`vision.patchify`).
         """
-        x = self.language_model.embed(ids)
         if patches is None:
-            return self.language_model(x, positions, mask)
+            return self.language_model(self.language_model.embed(ids), positions, mask)
+        return self.read(ids, mask, positions, *self.see(patches, grid))
+
+    def example(self) -> tuple[np.ndarray, ...]:
+        """The smallest inputs, for `init`: one image token."""
+        vision = self.config.vision
+        ids = np.full((1, 1), self.config.image_token_id, np.int32)
+        patches = np.zeros((1, 1, vision.merge_unit, vision.patch_dim), np.float32)
+        return ids, np.ones((1, 1), np.int32), np.zeros((3, 1, 1), np.int32), patches
+
+    def see(
+        self, patches: Float[Array, "b m n p"], grid: rope.Grid
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t d"]]:
+        """Image tokens of all m images of a sample one after another, and their l deepstack features."""
         batch, images, count, width = patches.shape
         tokens, taps = self.visual(patches.reshape(batch * images, count, width), grid)
+        joined = (batch, images * tokens.shape[1], tokens.shape[2])
+        return tokens.reshape(joined), taps.reshape(len(taps), *joined)
+
+    def read(
+        self,
+        ids: Int[Array, "b s"],
+        mask: Array,
+        positions: Int[Array, "3 b s"],
+        tokens: Float[Array, "b t d"],
+        taps: Float[Array, "l b t d"],
+    ) -> Float[Array, "b s d"]:
+        """Last hidden state of a text with what `see` saw at its image tokens, in their order."""
+        x = self.language_model.embed(ids)
         is_image = ids == self.config.image_token_id
         order = jnp.maximum(jnp.cumsum(is_image, -1) - 1, 0)[..., None]
 
         def at_image_tokens(features: Array, elsewhere: Array) -> Array:
-            rows = features.reshape(batch, -1, features.shape[-1]).astype(x.dtype)
-            return jnp.where(is_image[..., None], jnp.take_along_axis(rows, order, 1), elsewhere)
+            return jnp.where(is_image[..., None], jnp.take_along_axis(features.astype(x.dtype), order, 1), elsewhere)
 
         x = at_image_tokens(tokens, x)
         deepstack = jax.vmap(lambda tap: at_image_tokens(tap, jnp.zeros_like(x)))(taps)
@@ -74,13 +101,8 @@ class QwenVL(nn.Module):
 
 def abstract_params(model: QwenVL) -> Any:
     """Shapes and dtypes of the parameters, without allocating them."""
-    vision = model.config.vision
-    side = vision.spatial_merge_size
-    ids = np.full((1, 1), model.config.image_token_id, np.int32)
-    patches = np.zeros((1, 1, side * side, vision.patch_dim), np.float32)
-    inputs = (ids, np.ones((1, 1), np.int32), np.zeros((3, 1, 1), np.int32), patches)
-    shapes = jax.eval_shape(lambda *inputs: model.init(jax.random.key(0), *inputs, (side, side)), *inputs)
-    return shapes["params"]
+    side = model.config.vision.spatial_merge_size
+    return jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x, (side, side)), *model.example())["params"]
 
 
 def count_params(params: Any) -> int:

@@ -72,6 +72,21 @@ def patch_order(grid: Grid, merge: int) -> tuple[np.ndarray, np.ndarray]:
     return in_blocks(row), in_blocks(column)
 
 
+def window_slots(grid: Grid, merge: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Merged patches in the order of Qwen2.5-VL's attention windows, side x side of them each; the last ones padded.
+
+    Returns:
+      (windows · side², ) index of the merged patch in each slot, and whether there is one; slots without have index 0.
+      Oracle: transformers `get_vision_window_index`, which leaves the empty slots out.
+    """
+    rows, columns = grid[0] // merge, grid[1] // merge
+    padded = np.full((-(-rows // side) * side, -(-columns // side) * side), -1, np.int32)
+    padded[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
+    slots = padded.reshape(padded.shape[0] // side, side, padded.shape[1] // side, side).transpose(0, 2, 1, 3)
+    slots = slots.reshape(-1)
+    return np.maximum(slots, 0), slots >= 0
+
+
 def position_taps(grid: Grid, merge: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Bilinear resampling (corners aligned) of the side x side table of learned positions to a grid of patches.
 

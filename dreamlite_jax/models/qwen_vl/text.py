@@ -1,4 +1,4 @@
-"""Text tower of Qwen3-VL (oracle: transformers `Qwen3VLTextModel`); by config also that of Qwen2-VL and Qwen2.5-VL."""
+"""Text tower of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, by config (oracle: transformers `Qwen3VLTextModel` and the like)."""
 
 import jax
 import jax.numpy as jnp
@@ -43,22 +43,6 @@ class TextAttention(nn.Module):
         return nn.Dense(config.hidden_size, False, self.dtype, param_dtype=self.param_dtype, name="o_proj")(out)
 
 
-class GatedMLP(nn.Module):
-    """SwiGLU without biases."""
-
-    features: int
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, False, self.dtype, param_dtype=self.param_dtype, name=name)
-
-        hidden = nn.silu(dense(self.features, "gate_proj")(x)) * dense(self.features, "up_proj")(x)
-        return dense(x.shape[-1], "down_proj")(hidden)
-
-
 class TextLayer(nn.Module):
     """Pre-norm decoder layer."""
 
@@ -72,7 +56,7 @@ class TextLayer(nn.Module):
         y = layers.RMSNorm(config.norm_eps, self.param_dtype, name="input_layernorm")(x)
         x = x + TextAttention(config, *dtypes, name="self_attn")(y, cos, sin, bias)
         y = layers.RMSNorm(config.norm_eps, self.param_dtype, name="post_attention_layernorm")(x)
-        return x + GatedMLP(config.intermediate_size, *dtypes, name="mlp")(y)
+        return x + layers.GatedMLP(config.intermediate_size, False, *dtypes, name="mlp")(y)
 
 
 class TextTower(nn.Module):
