@@ -23,6 +23,7 @@ class RewardConfig:
       threshold: for the stage: samples that score above it are good enough and give no gradient; None: none is.
       tasks: samples of other tasks get nothing from this reward.
       prompt_tokens: of a judge, the longest prompt.
+      size_px: of a judge, height and width of the pictures that it will be shown.
     """
 
     kind: Literal["target", "hpsv3", "editreward"]
@@ -34,10 +35,13 @@ class RewardConfig:
     backbone: Backbone = "qwen2_vl_7b"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     prompt_tokens: int = 256
+    size_px: tuple[int, int] = (1024, 1024)
 
     def __post_init__(self):
         if self.prompt_tokens < 1:
             raise UserError(f"rewards: prompt_tokens is {self.prompt_tokens}; it must be at least 1")
+        if min(self.size_px) < 1:
+            raise UserError(f"rewards: size_px is {list(self.size_px)}; both sides must be at least 1")
         if self.kind == "hpsv3" and self.backbone != "qwen2_vl_7b":
             raise UserError(f"rewards: backbone is {self.backbone!r}; hpsv3 was released on 'qwen2_vl_7b' alone")
         if self.kind == "editreward" and self.backbone == "qwen2_vl_7b":
