@@ -109,12 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dreamlite_jax.training.loop import train
 
     prepare_workdir(args.workdir)
+    code = 0
     try:
         train(config, stage, args.workdir)
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
-        return exit_codes.PREEMPTED
-    return 0
+        code = exit_codes.PREEMPTED
+    distributed.leave()
+    return code
 
 
 if __name__ == "__main__":

@@ -61,12 +61,15 @@ class Profile:
         first = start + SETTLED
         self._first = first if first + length <= steps else start + 1
         self._last = min(self._first + length - 1, steps)
+        self.running = False
 
     def before(self, step: int) -> None:
         if step == self._first <= self._last:
             jax.profiler.start_trace(str(self._directory))
+            self.running = True
 
     def after(self, step: int, values: Any) -> None:
-        if step == self._last >= self._first:
+        if self.running and step == self._last:
             jax.block_until_ready(values)
             jax.profiler.stop_trace()
+            self.running = False

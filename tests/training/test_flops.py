@@ -59,6 +59,21 @@ def test_as_the_traced_program_has_them(config, monkeypatch):
     assert flops.unet_flops(config, height, inputs[0].shape[2], text) == pytest.approx(traced, rel=1e-9)
 
 
+def test_recomputation_costs_as_much_as_it_forgets(monkeypatch):
+    """Products in the gradient's program: fewest with everything kept, most with nothing kept."""
+    monkeypatch.setattr(blocks, "depthwise_conv3x3", blocks._grouped_conv3x3)
+    config, inputs = CONFIGS["released blocks"], dummy_inputs(CONFIGS["released blocks"])
+    variables = jax.eval_shape(UNet(config).init, jax.random.key(0), *inputs)
+
+    def work(**options) -> float:
+        network = UNet(config, **options)
+        gradient = jax.grad(lambda variables: network.apply(variables, *inputs).sum())
+        return counted(jax.make_jaxpr(gradient)(variables).jaxpr)
+
+    kept, products, nothing = work(), work(remat=True, remat_keep="matmuls"), work(remat=True)
+    assert kept < products < nothing < 2 * kept
+
+
 def test_a_step_is_three_forward_passes_an_item():
     config = load_config("configs/quickstart.py:joint").model.unet
     one = flops.unet_flops(config, 8, 16, 32)
