@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import math
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from dreamlite_jax.errors import UserError
 
 MAX_DIMENSIONS = 4
 WEIGHTED = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")
+ITEM_BYTES = {"INT8": 1, "UINT8": 1, "BOOL": 1, "INT4": 1, "FLOAT16": 2, "INT16": 2}  # others: 4
 WIDE_TYPES = ("INT64", "UINT64", "FLOAT64", "COMPLEX64", "COMPLEX128")
 
 
@@ -118,6 +120,21 @@ def operations(path: str | Path) -> Iterator[Operation]:
             inputs = tuple(tensor(graph, op.Inputs(k)) for k in range(op.InputsLength()) if op.Inputs(k) >= 0)
             outputs = tuple(tensor(graph, op.Outputs(k)) for k in range(op.OutputsLength()))
             yield Operation(kind(op.OpcodeIndex()), layer_of(outputs[0].name) if outputs else "?", inputs, outputs)
+
+
+def activation_bytes(path: str | Path) -> int:
+    """Most bytes of activations that are alive at once, each from its making to its last use, in the file's order."""
+    ops = list(operations(path))
+    last = {tensor.name: i for i, op in enumerate(ops) for tensor in (*op.inputs, *op.outputs) if not tensor.constant}
+    alive: dict[str, int] = {}
+    peak = 0
+    for i, op in enumerate(ops):
+        for tensor in (*op.inputs, *op.outputs):
+            if not tensor.constant:
+                alive[tensor.name] = math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 4)
+        peak = max(peak, sum(alive.values()))
+        alive = {name: size for name, size in alive.items() if last[name] > i}
+    return peak
 
 
 def layer_of(tensor_name: str) -> str:

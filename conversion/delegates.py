@@ -2,7 +2,8 @@
 
 The GPU answer comes from LiteRT's own GPU accelerator where one can start (a software Vulkan driver will do), in a
 process of its own, and its numbers are compared with the CPU's: it is known to compute some graphs silently wrong.
-Where it cannot start, a table of rules answers; the tests hold the table to the accelerator.
+Where it cannot start, a table of rules answers; the tests hold the table to the accelerator. The NPU answer comes from
+Qualcomm's compiler where its libraries are installed (`npu`), else from the rules too.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 from dreamlite_jax import cli
 from dreamlite_jax.errors import UserError
 
+from . import npu
 from .audit import Operation, Tensor, audit, operations, random_input, read_metadata
 
 # Of the output's range. Under int8_dynamic the CPU rounds activations to 8 bits and the GPU does not, so they differ.
@@ -32,8 +34,8 @@ MARK = "DELEGATE "  # of the line that the probe reports on
 # What LiteRT's GPU accelerator (WebGPU build of ai-edge-litert 2.3.0) and Qualcomm's HTP compiler take, among the
 # operations that our graphs or likely mistakes contain.
 _BOTH = """
-    ADD BATCH_MATMUL CONCATENATION CONV_2D DEPTHWISE_CONV_2D DEQUANTIZE EMBEDDING_LOOKUP FULLY_CONNECTED GELU LOGISTIC
-    MEAN MUL PAD RESHAPE RESIZE_NEAREST_NEIGHBOR RSQRT SLICE SOFTMAX SUB TANH TRANSPOSE
+    ABS ADD BATCH_MATMUL CONCATENATION CONV_2D DEPTHWISE_CONV_2D DEQUANTIZE DIV EMBEDDING_LOOKUP FULLY_CONNECTED GELU
+    LOGISTIC MAXIMUM MEAN MUL PAD REDUCE_MAX RESHAPE RESIZE_NEAREST_NEIGHBOR RSQRT SLICE SOFTMAX SUB TANH TRANSPOSE
 """
 TAKEN = {"gpu": frozenset(_BOTH.split()), "npu": frozenset(_BOTH.split()) | {"QUANTIZE", "GATHER", "GATHER_ND"}}
 ELEMENTWISE = ("ADD", "SUB", "MUL")
@@ -45,7 +47,7 @@ class Verdict:
     """Whether a delegate runs a whole file.
 
     Attributes:
-      how: "accelerator" when it was tried, "rules" when the table says so.
+      how: "accelerator" or "compiler" when it was tried, "rules" when the table says so.
       refused: sentences that name the operation and the layer that made it.
       difference: largest difference from CPU over the output's range, where it was run.
     """
@@ -219,10 +221,33 @@ def _run(model: Any, inputs: dict[str, np.ndarray], shape: Sequence[int]) -> np.
 # --- one table
 
 
-def verdicts(path: str | Path, *, run: bool = True) -> list[Verdict]:
-    """Of CPU, GPU (by the accelerator where it starts) and NPU."""
-    gpu = by_rules(path, "gpu") if gpu_environment() is None else on_gpu(path, run=run)
-    return [by_rules(path, "cpu"), gpu, by_rules(path, "npu")]
+def verdicts(path: str | Path, *, accelerators: bool = True, run: bool = True, soc: str = "") -> list[Verdict]:
+    """Of CPU, GPU and NPU, the latter two by the accelerator and the compiler where those can start.
+
+    Args:
+      accelerators: whether to try them at all; the rules take no time.
+      run: whether the GPU computes too.
+      soc: name of the system on chip to compile for; default `npu.DEFAULT_SOC`.
+    """
+    gpu = accelerators and gpu_environment() is not None
+    compiler = accelerators and npu.sdk_folder() is not None
+    return [
+        by_rules(path, "cpu"),
+        on_gpu(path, run=run) if gpu else by_rules(path, "gpu"),
+        on_npu(path, soc or npu.DEFAULT_SOC) if compiler else by_rules(path, "npu"),
+    ]
+
+
+def on_npu(path: str | Path, soc: str = npu.DEFAULT_SOC) -> Verdict:
+    """Compiles for an NPU: every operation in one partition, or which would stay outside by the rules."""
+    try:
+        taken, count, partitions = npu.partition(path, soc)
+    except RuntimeError as error:
+        return Verdict("npu", False, "compiler", (str(error),))
+    if taken == count and partitions == 1:
+        return Verdict("npu", True, "compiler")
+    refused = (f"{soc} takes {taken} of {count} operations, in {partitions} partitions",)
+    return Verdict("npu", False, "compiler", (*refused, *by_rules(path, "npu").refused))
 
 
 def table(found: dict[str, list[Verdict]]) -> str:
@@ -247,12 +272,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m conversion.delegates", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder written by conversion.to_litert")
     parser.add_argument("--no_run", action="store_true", help="ask the GPU accelerator what it takes, compute nothing")
+    parser.add_argument("--rules", action="store_true", help="the table of rules alone, which takes no time")
+    parser.add_argument("--npu_soc", default=npu.DEFAULT_SOC, help="system on chip to compile for")
     args = parser.parse_args(argv)
     from .runtime import read_manifest
 
     manifest = read_manifest(args.model)
     found = {
-        component: verdicts(args.model / file, run=not args.no_run) for component, file in manifest["files"].items()
+        component: verdicts(args.model / file, accelerators=not args.rules, run=not args.no_run, soc=args.npu_soc)
+        for component, file in manifest["files"].items()
     }
     print(table(found))
     target = manifest["target"]

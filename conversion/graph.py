@@ -14,9 +14,11 @@ from dreamlite_jax.config import ModelConfig, UNetConfig, check_image_size
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.blocks import MASK_BIAS
 from dreamlite_jax.models.minilm import MiniLMConfig
+from dreamlite_jax.models.qwen_vl.config import TextTowerConfig
+from dreamlite_jax.text.templates import GENERATE_CHAT
 
-from . import graph_text, graph_unet, graph_vae
-from .graph_ops import Node, export_layout, scale_queries
+from . import graph_qwen, graph_text, graph_unet, graph_vae
+from .graph_ops import Node, export_layout, half_safe, scale_queries
 
 Component = Literal["unet", "vae_encoder", "vae_decoder", "text"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
@@ -54,13 +56,14 @@ class Graph:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The static shapes of an export.
+    """The static shapes of an export, and the choices that change its operations but no number.
 
     Attributes:
       height, width: pixels of one panel.
       text_length: tokens a prompt is padded to.
       batch: rows of every input; guidance branches can be rows of one call or calls of one row.
       attention_chunk: query rows computed at a time, 0 for all; bounds the memory of the attention scores.
+      half_safe: whether norms are written so that activations above 256 survive float16 arithmetic.
     """
 
     height: int
@@ -68,6 +71,7 @@ class Sizes:
     text_length: int
     batch: int = 1
     attention_chunk: int = 0
+    half_safe: bool = False
 
     def check(self, config: ModelConfig) -> None:
         """Raises `UserError` for a shape that the network cannot take."""
@@ -88,23 +92,36 @@ class Sizes:
 
 
 def build(
-    component: Component, config: ModelConfig, params: dict[str, Any], sizes: Sizes, text: MiniLMConfig | None = None
+    component: Component,
+    config: ModelConfig,
+    params: dict[str, Any],
+    sizes: Sizes,
+    text: MiniLMConfig | TextTowerConfig | None = None,
 ) -> Graph:
     """The graph of one component.
 
     Args:
-      params: the flax parameter tree of U-Net, VAE or text encoder; emptied on the way.
-      text: config of the text encoder; needed for component "text".
+      params: the flax parameter tree of U-Net, VAE or text encoder (of Qwen3-VL its text tower); emptied on the way.
+      text: config of the text encoder; for component "text".
 
     Raises:
       UserError: sizes the network cannot take.
     """
     sizes.check(config)
     if component == "unet":
-        return _unet(config, params, sizes)
-    if component == "text":
-        return _text(text or MiniLMConfig(), params, sizes)
-    return _vae(component, config, params, sizes)
+        graph = _unet(config, params, sizes)
+    elif component == "text" and isinstance(text, TextTowerConfig):
+        graph = _qwen(text, params, sizes)
+    elif component == "text":
+        graph = _text(text or MiniLMConfig(), params, sizes)
+    else:
+        graph = _vae(component, config, params, sizes)
+
+    def apply(*args: Any) -> jax.Array:
+        with half_safe(sizes.half_safe):
+            return graph.apply(*args)
+
+    return dataclasses.replace(graph, apply=apply)
 
 
 def _unet(config: ModelConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
@@ -174,4 +191,20 @@ def _text(config: MiniLMConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
         output,
         export_layout(params),
         lambda p, *args: graph_text.minilm(Node("text", p), config, *args),
+    )
+
+
+def _qwen(config: TextTowerConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
+    dropped = GENERATE_CHAT.dropped_tokens
+    tokens = dropped + sizes.text_length
+    meaning = "the whole chat of a prompt without a picture, padded at its end with any id"
+    inputs = (Port("token_ids", (sizes.batch, tokens), "int32", meaning),)
+    meaning = f"last hidden states without the template's first {dropped}; set those of padding to zero"
+    output = Port("states", (sizes.batch, sizes.text_length, config.hidden_size), "float32", meaning)
+    return Graph(
+        "text",
+        inputs,
+        output,
+        graph_qwen.tower_params(params, config, tokens),
+        lambda p, ids: graph_qwen.tower(Node("text", p), config, ids, dropped),
     )

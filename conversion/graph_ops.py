@@ -51,7 +51,9 @@ def scoped(function: Callable) -> Callable:
 def export_layout(tree: dict[str, Any], name: str = "") -> dict[str, Any]:
     """The parameter tree in LiteRT's layouts; `tree` is emptied on the way, so that weights are held once.
 
-    The GEGLU projection becomes two dense layers, value and gate, because splitting an activation costs a copy.
+    The GEGLU projection becomes two dense layers, value and gate, because splitting an activation costs a copy. Their
+    product is the largest activation of a block: the value is stored 16 times smaller and the layer after the product
+    16 times larger, which changes no float32 number (the factor is a power of two) and keeps float16 from overflowing.
     """
     out: dict[str, Any] = {}
     for key in list(tree):
@@ -62,9 +64,12 @@ def export_layout(tree: dict[str, Any], name: str = "") -> dict[str, Any]:
             kernels = np.split(np.asarray(value["kernel"]), 2, axis=1)
             biases = np.split(np.asarray(value["bias"]), 2)
             for part, kernel, bias in zip(("value", "gate"), kernels, biases, strict=True):
-                out[part] = {"kernel": np.ascontiguousarray(kernel.T), "bias": bias.copy()}
+                scale = np.float32(1 / GATE_SCALE if part == "value" else 1.0)
+                out[part] = {"kernel": np.ascontiguousarray(kernel.T * scale), "bias": bias * scale}
         else:
             out[key] = export_layout(value, key)
+    if "net_0" in out and "net_2" in out:
+        out["net_2"]["kernel"] *= np.float32(GATE_SCALE)
     return out
 
 
@@ -92,6 +97,40 @@ def marked_native() -> Iterator[None]:
         yield
     finally:
         _MARK_NATIVE.reset(token)
+
+
+# --- half precision
+
+PEAK = 128.0  # of what is squared under `half_safe`: squares stay below 65504, and their mean is no subnormal number
+PEAK_FLOOR = 2.0**-8  # smaller peaks are not enlarged further; the norm's epsilon outweighs them anyway
+GATE_SCALE = 16.0  # the value half of a gated layer is stored this much smaller, and the layer after it larger
+
+_HALF_SAFE: contextvars.ContextVar[bool] = contextvars.ContextVar("half_safe", default=False)
+
+
+@contextlib.contextmanager
+def half_safe(on: bool = True) -> Iterator[None]:
+    """While tracing in here, norms divide by the largest magnitude before they square.
+
+    Plainly written, a norm squares activations: above 256 the square is no float16 number, the variance becomes
+    infinite and the output a constant, without any error.
+    """
+    token = _HALF_SAFE.set(on)
+    try:
+        yield
+    finally:
+        _HALF_SAFE.reset(token)
+
+
+def _unit_rms(y: Array, axes: tuple[int, ...], eps: float) -> Array:
+    """y / sqrt(mean(y²) + eps) over the axes."""
+    offset = eps
+    if _HALF_SAFE.get():
+        peak = jnp.maximum(jnp.abs(y).max(axes, keepdims=True), PEAK_FLOOR)
+        y = y * (PEAK / peak)
+        offset = (PEAK * eps**0.5) / peak
+        offset = offset * offset
+    return y * jax.lax.rsqrt((y * y).mean(axes, keepdims=True) + offset)
 
 
 def _native(name: str, function: Callable[..., Array], *args: Array, **attributes: Any) -> Array:
@@ -138,8 +177,7 @@ def group_norm(node: Node, x: Array, groups: int, eps: float) -> Array:
 
     def normalise(x: Array, scale: Array, bias: Array) -> Array:
         y = x.reshape(b, h * w, groups, c // groups)
-        y = y - y.mean((1, 3), keepdims=True)
-        y = y * jax.lax.rsqrt((y * y).mean((1, 3), keepdims=True) + eps)
+        y = _unit_rms(y - y.mean((1, 3), keepdims=True), (1, 3), eps)
         return y.reshape(b, h, w, c) * scale + bias
 
     return _native("group_norm", normalise, x, node["scale"], node["bias"], groups=groups, eps=eps)
@@ -148,19 +186,17 @@ def group_norm(node: Node, x: Array, groups: int, eps: float) -> Array:
 @scoped
 def layer_norm(node: Node, x: Array, eps: float = blocks.TOKEN_NORM_EPS) -> Array:
     def normalise(x: Array, scale: Array, bias: Array) -> Array:
-        y = x - x.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
-        return y * scale + bias
+        return _unit_rms(x - x.mean(-1, keepdims=True), (x.ndim - 1,), eps) * scale + bias
 
     return _native("layer_norm", normalise, x, node["scale"], node["bias"], eps=eps)
 
 
 @scoped
-def rms_norm(node: Node, x: Array) -> Array:
+def rms_norm(node: Node, x: Array, eps: float = blocks.TOKEN_NORM_EPS) -> Array:
     def normalise(x: Array, scale: Array) -> Array:
-        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + blocks.TOKEN_NORM_EPS) * scale
+        return _unit_rms(x, (x.ndim - 1,), eps) * scale
 
-    return _native("rms_norm", normalise, x, node["scale"], eps=blocks.TOKEN_NORM_EPS)
+    return _native("rms_norm", normalise, x, node["scale"], eps=eps)
 
 
 def silu(x: Array) -> Array:

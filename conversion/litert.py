@@ -6,6 +6,7 @@ they are then bound in the converter's module as resources that point at our buf
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jax import export as jax_export
 
 from dreamlite_jax.errors import UserError
 
+from . import culprit
 from .graph import Graph
 
 SIGNATURE = "serving_default"
@@ -34,7 +36,7 @@ def convert(graph: Graph, path: str | Path, metadata: Mapping[str, Any]) -> None
     Raises:
       UserError: weights too large for the format, or more memory or disk needed than the machine has free.
     """
-    check_resources(graph, Path(path).parent)
+    check_resources({graph.component: graph.weight_bytes}, Path(path).parent)
     leaves, tree = jax.tree.flatten(graph.params)
     exported = _export(graph, leaves, tree)
     described = {
@@ -47,8 +49,29 @@ def convert(graph: Graph, path: str | Path, metadata: Mapping[str, Any]) -> None
     try:
         _lower(exported, leaves, graph, json.dumps(described), temporary)
         os.replace(temporary, path)
+    except ValueError as error:  # what the converter raises, without a word of the layer
+        raise ConversionError(graph, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class ConversionError(RuntimeError):
+    """The converter refused a graph; the message names the layers that it refuses by themselves."""
+
+    def __init__(self, graph: Graph, error: Exception):
+        layers = culprit.culprits(graph, convert_alone)
+        said = str(error).strip().splitlines()[0]
+        super().__init__(
+            f"{graph.component} cannot be converted: "
+            + (f"the converter refuses {'; '.join(layers)}" if layers else "no layer alone is refused")
+            + f". It said: {said}"
+        )
+
+
+def convert_alone(graph: Graph, path: Path) -> None:
+    """Writes a graph without checks, metadata or search for the culprit."""
+    leaves, tree = jax.tree.flatten(graph.params)
+    _lower(_export(graph, leaves, tree), leaves, graph, "{}", path)
 
 
 def describe(ports) -> list[dict[str, Any]]:
@@ -56,28 +79,42 @@ def describe(ports) -> list[dict[str, Any]]:
     return [{"name": p.name, "shape": list(p.shape), "dtype": p.dtype, "meaning": p.meaning} for p in ports]
 
 
-def predicted_peak_bytes(graph: Graph) -> int:
-    """Memory that a conversion takes at its peak, by the measured rule."""
-    return int(PEAK_BASE_BYTES + PEAK_PER_WEIGHT_BYTE * graph.weight_bytes)
+def predicted_peak_bytes(weight_bytes: int) -> int:
+    """Memory that converting this many bytes of float32 weights takes at its peak, by the measured rule."""
+    return int(PEAK_BASE_BYTES + PEAK_PER_WEIGHT_BYTE * weight_bytes)
 
 
-def check_resources(graph: Graph, folder: Path) -> None:
-    """Raises `UserError` when weights, free memory or free disk cannot carry the conversion."""
-    size = graph.weight_bytes
+def check_resources(weights: Mapping[str, int], folder: Path) -> None:
+    """Raises `UserError` when the format, free memory or free disk cannot carry a conversion.
+
+    Args:
+      weights: bytes of float32 weights of each component that is going to be converted, one after the other.
+      folder: where the files go; it need not exist yet.
+    """
+    largest = max(weights, key=weights.__getitem__)
+    size = weights[largest]
     if size > LARGEST_FILE:
         raise UserError(
-            f"{graph.component} has {size / 1e9:.2f} GB of float32 weights; a .tflite file holds at most "
+            f"{largest} has {size / 1e9:.2f} GB of float32 weights; a .tflite file holds at most "
             f"{LARGEST_FILE / 1e9:.2f} GB"
         )
-    needed, free = predicted_peak_bytes(graph), available_memory()
+    needed, free = predicted_peak_bytes(size), available_memory()
     if free is not None and needed > free:
-        raise UserError(
-            f"{graph.component} takes {needed / 1e9:.1f} GB of memory to convert; {free / 1e9:.1f} GB are free"
-        )
-    status = os.statvfs(folder)
-    disk = status.f_bavail * status.f_frsize
-    if size * 1.1 > disk:
-        raise UserError(f"{graph.component} takes {size / 1e9:.1f} GB in {folder}; {disk / 1e9:.1f} GB are free there")
+        raise UserError(f"{largest} takes {needed / 1e9:.1f} GB of memory to convert; {free / 1e9:.1f} GB are free")
+    needed, free = predicted_disk_bytes(weights), available_disk(folder)
+    if needed > free:
+        raise UserError(f"the files take {needed / 1e9:.1f} GB of disk; {free / 1e9:.1f} GB are free for {folder}")
+
+
+def predicted_disk_bytes(weights: Mapping[str, int]) -> int:
+    """Disk that a conversion takes at its peak: all files in float32, and half of the largest while it is quantised."""
+    return int(1.05 * sum(weights.values()) + 0.55 * max(weights.values()))
+
+
+def available_disk(folder: Path) -> int:
+    """Free bytes where `folder` is or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def available_memory() -> int | None:

@@ -5,7 +5,7 @@ The reference is the flax module that trains and samples, not the export form, s
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,18 @@ from dreamlite_jax.config import ModelConfig
 from dreamlite_jax.diffusion import flow, guidance, sampler
 from dreamlite_jax.models import minilm
 from dreamlite_jax.models.blocks import MASK_BIAS
+from dreamlite_jax.models.qwen_vl import rope
+from dreamlite_jax.models.qwen_vl.config import TextTowerConfig
+from dreamlite_jax.models.qwen_vl.text import TextTower
 from dreamlite_jax.models.unet import UNet
 from dreamlite_jax.models.vae import VAE
+from dreamlite_jax.text.templates import GENERATE_CHAT
 
 from .graph import Component, Sizes
 from .runtime import Runtime, load_component, sinusoid
 
 CASES = 2  # random inputs a component is compared on
+TextConfig = minilm.MiniLMConfig | TextTowerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +68,15 @@ class Parity:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One input, as the flax module takes it and as the graph takes it."""
+    """One input, as the flax module takes it and as the graph takes it.
+
+    Attributes:
+      kept: (b, s, 1), 0 where the output is a state of padding: a number without meaning. None: it has none.
+    """
 
     model: tuple[np.ndarray, ...]
     graph: dict[str, np.ndarray]
+    kept: np.ndarray | None = None
 
 
 def case(component: Component, config: ModelConfig, sizes: Sizes, text_dim: int, seed: int) -> Case:
@@ -81,9 +91,13 @@ def case(component: Component, config: ModelConfig, sizes: Sizes, text_dim: int,
     mask = np.ones((b, s), np.float32)
     mask[:, max(1, s - s // 4) :] = 0.0
     bias = (1.0 - mask) * np.float32(MASK_BIAS)
+    if component == "text" and config.text.encoder == "qwen3_vl":
+        chat = np.concatenate([np.ones((b, GENERATE_CHAT.dropped_tokens), np.float32), mask], 1)
+        ids = rng.integers(0, text_dim, chat.shape).astype(np.int32)
+        return Case((ids, chat), {"token_ids": ids}, mask[..., None])
     if component == "text":
         ids = rng.integers(0, text_dim, (b, s)).astype(np.int32)
-        return Case((ids, mask), {"token_ids": ids, "text_bias": bias})
+        return Case((ids, mask), {"token_ids": ids, "text_bias": bias}, mask[..., None])
     if component == "vae_encoder":
         image = rng.uniform(-1, 1, (b, sizes.height, sizes.width, 3)).astype(np.float32)
         return Case((image,), {"image": image})
@@ -107,9 +121,11 @@ def case(component: Component, config: ModelConfig, sizes: Sizes, text_dim: int,
 
 
 def reference(
-    component: Component, config: ModelConfig, params: Any, text: minilm.MiniLMConfig | None = None
+    component: Component, config: ModelConfig, params: Any, text: TextConfig | None = None
 ) -> Callable[..., np.ndarray]:
     """The flax module of a component as a jitted function of `Case.model`."""
+    if component == "text" and isinstance(text, TextTowerConfig):
+        return _text_tower(text, params)
     if component == "unet":
         module, method = UNet(config.unet), None
     elif component == "text":
@@ -118,6 +134,22 @@ def reference(
         module, method = VAE(config.vae), {"vae_encoder": "encode", "vae_decoder": "decode"}[component]
     apply = jax.jit(functools.partial(module.apply, method=method))
     return lambda *inputs: np.asarray(apply({"params": params}, *inputs))
+
+
+def _text_tower(config: TextTowerConfig, params: Any) -> Callable[..., np.ndarray]:
+    tower = TextTower(config)
+
+    def states(params: Any, ids: jax.Array, mask: jax.Array, positions: jax.Array) -> jax.Array:
+        embedded = jnp.asarray(params["embed_tokens"]["embedding"])[ids]
+        return tower.apply({"params": params}, embedded, positions, mask)[:, GENERATE_CHAT.dropped_tokens :]
+
+    apply = jax.jit(states)
+    return lambda ids, mask: np.asarray(apply(params, ids, mask, rope.text_positions(mask)))
+
+
+def meaningful(cases: Sequence[Case], outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The outputs with zeros where they have no meaning."""
+    return [y if case.kept is None else y * case.kept for case, y in zip(cases, outputs, strict=True)]
 
 
 def measure(wanted: list[np.ndarray], found: list[np.ndarray], floor: Floor) -> Parity:
@@ -138,7 +170,7 @@ def compare(
     folder: Path,
     manifest: dict[str, Any],
     floor: Floor,
-    text: minilm.MiniLMConfig | None = None,
+    text: TextConfig | None = None,
 ) -> Parity:
     """Runs one converted component beside its flax module on the same random inputs."""
     vocabulary = text.vocab_size if text else 0
@@ -147,10 +179,7 @@ def compare(
     wanted = [run(*c.model) for c in cases]
     converted = load_component(folder, manifest, component, threads=2)
     found = [converted(**c.graph) for c in cases]
-    if component == "text":  # states of padding are numbers without meaning
-        keep = [c.model[1][..., None] for c in cases]
-        wanted, found = ([x * k for x, k in zip(xs, keep, strict=True)] for xs in (wanted, found))
-    return measure(wanted, found, floor)
+    return measure(meaningful(cases, wanted), meaningful(cases, found), floor)
 
 
 def picture_psnr(
@@ -179,22 +208,26 @@ def reference_picture(
     steps: int,
     seed: int,
 ) -> np.ndarray:
-    """(H, W, 3) by the JAX sampler in float32, at the runtime's size. Text states are computed by MiniLM in JAX."""
+    """(H, W, 3) by the JAX sampler in float32, at the runtime's size. Text states are computed in JAX too."""
     height, width = runtime.height, runtime.width
     h, w = height // config.vae.downsampling, width // config.vae.downsampling
     vae = functools.partial(jax.jit(VAE(config.vae).apply, static_argnames="method"), {"params": params["vae"]})
     editing = source is not None
 
+    read = reference("text", config, params["text"], params["text_config"])
+
     def encode(task: str, words: str) -> sampler.TextStatesMask:
         ids, bias = runtime.tokens(task, words)
         mask = (bias == 0.0).astype(np.float32)
-        states = jax.jit(minilm.MiniLM(params["text_config"]).apply)({"params": params["text"]}, ids, mask)
-        return sampler.TextStatesMask(states * mask[..., None], jnp.asarray(mask))
+        template = np.ones((1, ids.shape[1] - mask.shape[1]), np.float32)  # of a chat, which the states leave out
+        states = read(ids, np.concatenate([template, mask], 1))
+        return sampler.TextStatesMask(jnp.asarray(states * mask[..., None]), jnp.asarray(mask))
 
     prompt_states, null = encode("edit" if editing else "generate", prompt), encode("null", "")
     noise = sampler.noise_from_seeds([seed], (h, w, config.vae.latent_channels))
     source_latents = vae(source[None], method="encode") if editing else jnp.zeros_like(noise)
-    plan = guidance.branches(editing, config.guidance_scale > 1.0)
+    guided = guidance.is_guided(editing, config.guidance_scale, config.image_guidance_scale)
+    plan = guidance.branches(editing, guided)
     conditioning = sampler.condition(plan, prompt_states, null, source_latents, null if editing else None)
     unet, layout = UNet(config.unet), config.unet.condition_layout
 

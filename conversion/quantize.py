@@ -5,7 +5,7 @@ int8_dynamic  weights int8 per channel, symmetric; activations quantised at run 
 int8_static   W8A8: weights int8 per channel, activations int8, only in matmuls and convolutions. Both embedding MLPs,
               first and last convolution, every norm and softmax stay in float (recipe of the model's author).
               Calibrated on what the sampler itself visits; weights clipped by least squared error, the clipping of
-              activations searched on samples that calibration did not see.
+              activations searched on samples that calibration did not see. The text encoder as fp16.
 int4_weights  the text encoder's dense weights int4 in blocks of 32, its embedding table int8, activations quantised at
               run time; the other components as fp16.
 """
@@ -46,6 +46,7 @@ CALIBRATION_EDITS = ("make the background green", "remove the star", "turn it in
 
 # What a target is known to refuse, so that nobody converts for an hour to learn it.
 REFUSED = {
+    ("gpu", "int8_static"): "the GPU accelerator takes no int8 activations; use fp16 or int8_dynamic, or --target npu",
     ("gpu", "int4_weights"): "the GPU accelerator ends on dense weights in blocks of 4 bits; use fp16 or int8_dynamic",
     ("npu", "int8_dynamic"): "NPUs do not quantise activations at run time; use int8_static or fp16",
     ("npu", "int4_weights"): "NPUs do not quantise activations at run time; use int8_static or fp16",
@@ -142,7 +143,7 @@ def _add_weights_only(quantizer: Any, component: str, recipe: Recipe) -> None:
 
     names = qtyping.TFLOperationName
     algorithm, blocks = algorithm_manager.AlgorithmName, qtyping.QuantGranularity
-    if recipe in ("int8_dynamic", "int8_static"):
+    if recipe == "int8_dynamic":
         quantizer.add_dynamic_config(".*", names.ALL_SUPPORTED, 8)
     elif recipe == "int4_weights" and component == "text":
         quantizer.add_dynamic_config(".*", names.EMBEDDING_LOOKUP, 8)
@@ -247,7 +248,7 @@ def random_samples(path: Path, count: int = 2) -> Samples:
 
 def meaningful(inputs: Inputs, output: np.ndarray) -> np.ndarray:
     """The output with zeros where it has no meaning: text states of padding."""
-    if "token_ids" not in inputs:
+    if "token_ids" not in inputs or "text_bias" not in inputs:
         return output
     return output * (inputs["text_bias"] == 0.0)[..., None].astype(np.float32)
 

@@ -85,7 +85,7 @@ class Runtime:
 
         Args:
           image: picture of any size, squashed to the panel; or an array (H, W, 3) in [-1, 1].
-          steps, guidance_scale, image_guidance_scale: default: the model's own. A guidance_scale of 1 or less: none.
+          steps, guidance_scale, image_guidance_scale: default: the model's own. At 1 (an edit: both at 1): none.
 
         Raises:
           UserError: a bad prompt, seed, number of steps or image; a component that was not converted.
@@ -102,7 +102,7 @@ class Runtime:
         source = blank if image is None else self.encode_image(image)
         # Each guidance branch is (text states, text bias, condition latents); see `combine` for their order.
         plan = [(*prompt_states, source)]
-        if text_scale > 1.0:
+        if text_scale != 1.0 or (image is not None and image_scale != 1.0):  # else the other branches cancel
             null = self.encode_prompt("null", "")
             plan = [(*null, blank), *([(*null, source)] if image is not None else []), *plan]
         sizes = sinusoid(np.float32([self.width, self.height]), config.unet.size_embed_dim).reshape(1, -1)
@@ -120,8 +120,9 @@ class Runtime:
         """Text states (1, s, d) and text bias (1, s) of a prompt, remembered for the next time."""
         if (task, prompt) not in self._prompts:
             ids, bias = self.tokens(task, prompt)
+            inputs = {"token_ids": ids} if "chat" in self.manifest else {"token_ids": ids, "text_bias": bias}
             with self._component("text") as encode:
-                states = encode(token_ids=self._rows(ids), text_bias=self._rows(bias))[:1]
+                states = encode(**{name: self._rows(value) for name, value in inputs.items()})[:1]
             self._prompts[task, prompt] = (states * (bias == 0.0)[..., None].astype(np.float32), bias)
         return self._prompts[task, prompt]
 
@@ -134,11 +135,16 @@ class Runtime:
             return encode(image=self._rows(pixels[None].astype(np.float32)))[:1]
 
     def tokens(self, task: str, prompt: str) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and text bias, each (1, s), of a prompt with the tag of its task.
+        """Token ids, (1, s) or those of a whole chat, and text bias (1, s) of a prompt with the tag of its task.
 
         Raises:
-          UserError: an empty or over-long prompt.
+          UserError: an empty or over-long prompt; an edit, where the encoder would have to look at the picture too.
         """
+        if task == "edit" and "chat" in self.manifest:
+            raise UserError(
+                f"{self.folder}: its text encoder is converted for prompts without a picture; for edits compute the "
+                "text states elsewhere"
+            )
         words = self.manifest["templates"][task] + clean_prompt(task, prompt)
         if self._tokenizer is None:
             import tokenizers
@@ -147,11 +153,14 @@ class Runtime:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             self._tokenizer.encode_special_tokens = True  # "[SEP]" typed by a user is text
-        ids = self._tokenizer.encode(words).ids
+        ids, before = self._tokenizer.encode(words).ids, []
+        if "chat" in self.manifest:
+            before, after = self.manifest["chat"]["before"], self.manifest["chat"]["after"]
+            ids = [*ids, *after]
         if len(ids) > self.text_length:
             raise UserError(f"the prompt has {len(ids)} tokens and the limit is {self.text_length}; shorten it")
-        padded = np.full((1, self.text_length), self.manifest["pad_id"], np.int32)
-        padded[0, : len(ids)] = ids
+        padded = np.full((1, len(before) + self.text_length), self.manifest["pad_id"], np.int32)
+        padded[0, : len(before) + len(ids)] = [*before, *ids]
         bias = np.full((1, self.text_length), self.manifest["mask_bias"], np.float32)
         bias[0, : len(ids)] = 0.0
         return padded, bias
@@ -262,7 +271,12 @@ def combine(velocities: Sequence[np.ndarray], guidance_scale: float, image_guida
 
 def peak_memory_bytes() -> int:
     """The largest resident memory this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")
+    if status.is_file():  # `ru_maxrss` of a child begins with that of its parent
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

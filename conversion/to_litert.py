@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import importlib.metadata
 import json
-import shutil
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -42,8 +42,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--attention_chunk", type=int, default=0, help="query rows of attention at a time, 0: all; bounds its memory"
     )
+    parser.add_argument(
+        "--half_safe",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="norms that survive float16 arithmetic, for two more passes each; auto: unless the target is cpu",
+    )
     parser.add_argument("--calibration_samples", type=int, default=32, help="network calls that int8_static looks at")
     parser.add_argument("--sensitivity", action="store_true", help="report what each module loses under W8A8 (slow)")
+    parser.add_argument(
+        "--accelerators",
+        action="store_true",
+        help="ask the GPU accelerator and the NPU compiler what they run, where they can start; else a table of rules",
+    )
     return parser.parse_args(argv)
 
 
@@ -51,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from dreamlite_jax import model_folder
 
+    from . import litert
     from .graph import Sizes
     from .quantize import check_target
 
@@ -62,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.text.max_length if args.text_length is None else args.text_length,
         args.batch,
         args.attention_chunk,
+        args.target != "cpu" if args.half_safe == "auto" else args.half_safe == "on",
     )
     sizes.check(config)
     check_target(args.recipe, args.target)
@@ -72,7 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--recipe int8_static is calibrated on what the sampler visits, which needs every component, the text "
             "encoder (MiniLM) among them; use --component all"
         )
-    components = exportable(config) if args.component == "all" else (args.component,)
+    components = exportable(model, config) if args.component == "all" else (args.component,)
+    weights = weight_bytes(model, config, components)
+    litert.check_resources(weights, args.output)
+    print(
+        f"{sum(weights.values()) / 1e6:.0f} MB of weights; about "
+        f"{litert.predicted_peak_bytes(max(weights.values())) / 1e9:.1f} GB of memory and "
+        f"{litert.predicted_disk_bytes(weights) / 1e9:.1f} GB of disk at the peak",
+        file=sys.stderr,
+    )
     with model_folder.new_folder(args.output) as folder:
         report = convert_all(
             model,
@@ -84,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.target,
             args.calibration_samples,
             args.sensitivity,
+            args.accelerators,
         )
         report["flags"] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
@@ -92,17 +114,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if report["passed"] else 1
 
 
-def exportable(config: ModelConfig) -> tuple[str, ...]:
-    """Every component of a model that has an export form: all four, or all but a text encoder of billions."""
+def exportable(model: Path, config: ModelConfig) -> tuple[str, ...]:
+    """Every component of a model that fits into a file: all four, or all but a text encoder of billions."""
+    from . import litert, text_parts
     from .graph import COMPONENTS
 
-    if config.text.encoder == "minilm":
+    size = text_parts.weight_bytes(model, config) if text_parts.present(model, config) else None
+    if size is not None and size <= litert.LARGEST_FILE:
         return COMPONENTS
+    why = "is not in the folder" if size is None else f"has {size / 1e9:.1f} GB of weights, too much for one file"
     print(
-        f"text: {config.text.encoder} stays outside; give the U-Net states that were computed elsewhere",
+        f"text: {config.text.encoder} {why}; it stays outside: give the U-Net states that were computed elsewhere",
         file=sys.stderr,
     )
     return tuple(component for component in COMPONENTS if component != "text")
+
+
+def weight_bytes(model: Path, config: ModelConfig, components: Sequence[str]) -> dict[str, int]:
+    """Bytes of float32 weights of each component, read off the architecture.
+
+    Raises:
+      UserError: the model folder lacks a file that one of them needs.
+    """
+    from dreamlite_jax import model_folder
+
+    from . import text_parts
+
+    sizes = {}
+    for component in components:
+        if component == "text":
+            sizes[component] = text_parts.weight_bytes(model, config)
+            continue
+        part = "unet" if component == "unet" else "vae"
+        file = model / model_folder.weight_file(part)
+        if not file.is_file():
+            raise UserError(f"model folder {model} lacks {file.name}, which {component} is made of")
+        half = component.removeprefix("vae_") + "/" if part == "vae" else ""
+        shapes = model_folder.expected_shapes(part, getattr(config, part))
+        sizes[component] = 4 * sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(half))
+    return sizes
 
 
 def model_of(location: Path) -> Path:
@@ -120,12 +170,13 @@ def convert_all(
     target: str,
     calibration_samples: int = 32,
     sensitivity: bool = False,
+    accelerators: bool = False,
 ) -> dict[str, Any]:
     """Converts, audits and compares the components into `folder`; returns the report."""
-    from . import parity, runtime
+    from . import delegates, parity, runtime
     from .graph import COMPONENTS
 
-    manifest = write_manifest(config, sizes, components, folder, recipe, target)
+    manifest = write_manifest(model, config, sizes, components, folder, recipe, target)
     rows = {}
     for component in components:
         rows[component] = convert_one(component, model, config, sizes, folder, manifest)
@@ -141,7 +192,11 @@ def convert_all(
         "versions": versions(),
         "attention_scores_bytes": attention_bytes(config, sizes),
     }
-    passed = all(row_passed(row) for row in rows.values())
+    found = {name: delegates.verdicts(folder / row["file"], accelerators=accelerators) for name, row in rows.items()}
+    report["delegates"] = {name: [dataclasses.asdict(v) for v in answers] for name, answers in found.items()}
+    report["delegates_table"] = delegates.table(found)
+    whole = all(v.whole for answers in found.values() for v in answers if v.delegate == target)
+    passed = whole and all(row_passed(row) for row in rows.values())
     if set(rows) == set(COMPONENTS):
         floor = parity.FLOORS[recipe].psnr_db
         params = {name: load(name, model, config)[0] for name in ("unet", "vae")}
@@ -189,6 +244,7 @@ def quantize_all(
         floats.unlink()
         row["quantized"] = {
             "file_bytes": found.file_bytes,
+            "predicted_run_bytes": found.file_bytes + audit.activation_bytes(path),
             "ops": found.ops,
             "seconds": time.perf_counter() - begin,
             "parity_on": "inputs of the sampler" if complete else "random inputs",
@@ -218,15 +274,10 @@ def convert_one(
     built = graph.build(component, config, params, sizes, text)
     path = folder / manifest["files"][component]
     metadata = {key: manifest[key] for key in ("config", "sizes", "recipe", "target")}
-    print(
-        f"{component}: {built.weight_bytes / 1e6:.0f} MB of weights, about "
-        f"{litert.predicted_peak_bytes(built) / 1e9:.1f} GB of memory",
-        file=sys.stderr,
-    )
     litert.convert(built, path, {"component": component, **metadata})
     ports = {"inputs": litert.describe(built.inputs), "outputs": litert.describe([built.output])}
     del built, params
-    seconds = time.perf_counter() - begin
+    seconds, peak = time.perf_counter() - begin, peak_memory_bytes()
     found = audit.audit(path)
     params, text = load(component, model, config)
     compared = parity.compare(component, config, sizes, params, folder, manifest, parity.FLOORS["fp32"], text)
@@ -234,7 +285,8 @@ def convert_one(
         "file": path.name,
         "file_bytes": found.file_bytes,
         "seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak,  # without the comparison that follows
+        "predicted_run_bytes": found.file_bytes + audit.activation_bytes(path),
         "ops": found.ops,
         "faults": list(found.faults),
         "parity": dataclasses.asdict(compared),
@@ -245,40 +297,22 @@ def convert_one(
 def load(component: str, model: Path, config: ModelConfig) -> tuple[dict[str, Any], Any]:
     """Parameters of a component's module, and the config of the text encoder for component "text"."""
     from dreamlite_jax import model_folder
-    from dreamlite_jax.models import minilm
 
-    if component != "text":
-        return model_folder.load_params(model, "unet" if component == "unet" else "vae"), None
-    check_text(config)
-    text, params = minilm.load_minilm()
-    return params, text
+    from . import text_parts
 
-
-def check_text(config: ModelConfig) -> None:
-    """Refuses a text encoder that has no export form, or other weights than the model was trained with."""
-    from dreamlite_jax.models import minilm
-
-    if config.text.encoder != "minilm":
-        raise UserError(
-            f"text.encoder is {config.text.encoder!r}, which has no LiteRT form here; convert --component unet, "
-            "vae_encoder and vae_decoder, and give the U-Net states that were computed elsewhere"
-        )
-    found = minilm.weights_sha256()
-    if config.text.sha256 and found != config.text.sha256:
-        raise UserError(
-            f"text.sha256: the encoder's weights have sha256 {found[:12]}…, but the model was trained with "
-            f"{config.text.sha256[:12]}…; install the version it names"
-        )
+    if component == "text":
+        return text_parts.load(model, config)
+    return model_folder.load_params(model, "unet" if component == "unet" else "vae"), None
 
 
 def write_manifest(
-    config: ModelConfig, sizes: Any, components: Sequence[str], folder: Path, recipe: str, target: str
+    model: Path, config: ModelConfig, sizes: Any, components: Sequence[str], folder: Path, recipe: str, target: str
 ) -> dict[str, Any]:
     """model.json of the runtime, and the tokenizer beside it."""
-    from dreamlite_jax.models import minilm
     from dreamlite_jax.models.blocks import MASK_BIAS
-    from dreamlite_jax.text import templates, tokenizers
+    from dreamlite_jax.text import templates
 
+    from . import text_parts
     from .runtime import FORMAT, FORMAT_VERSION
 
     manifest = {
@@ -294,9 +328,7 @@ def write_manifest(
         "start_noise": "threefry2x32 of key (0, seed), counter = index; see conversion/noise.py",
     }
     if "text" in components:
-        check_text(config)
-        shutil.copyfile(minilm.minilm_file("tokenizer.json"), folder / "tokenizer.json")
-        manifest["pad_id"] = tokenizers.MiniLMTokenizer().pad_id
+        manifest |= text_parts.write_tokenizer(model, config, folder)
     (folder / "model.json").write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     return manifest
 
@@ -326,23 +358,27 @@ def versions() -> dict[str, str]:
 
 def table(report: dict[str, Any]) -> str:
     """One line a component."""
-    lines = [
-        f"{'component':<12} {'MB':>8} {'ops':>6} {'seconds':>8} {'peak GB':>8} {'max abs':>9} {'rel rms':>9}  floor"
-    ]
+    widths = {"component": -12, "MB": 8, "run MB": 8, "ops": 6, "seconds": 8, "peak GB": 8, "max abs": 9, "rel rms": 9}
+    lines = [" ".join(f"{name:{'<' if w < 0 else '>'}{abs(w)}}" for name, w in widths.items()) + "  floor"]
     for name, row in report["components"].items():
         shown = {**row, **row.get("quantized", {})}
         lines.append(
-            f"{name:<12} {shown['file_bytes'] / 1e6:8.1f} {sum(shown['ops'].values()):6d} {shown['seconds']:8.1f} "
+            f"{name:<12} {shown['file_bytes'] / 1e6:8.1f} {shown['predicted_run_bytes'] / 1e6:8.1f} "
+            f"{sum(shown['ops'].values()):6d} {shown['seconds']:8.1f} "
             f"{row['peak_memory_bytes'] / 1e9:8.2f} {shown['parity']['max_abs']:9.1e} "
             f"{shown['parity']['relative_rms']:9.1e}  {'ok' if row_passed(row) else 'MISSED'}"
         )
         lines += [f"  fault: {fault}" for fault in row["faults"][:10]]
+        lines += [
+            f"  W8A8 loses {loss['relative_rms']:.1e} in {loss['module']}" for loss in shown.get("sensitivity", [])[:5]
+        ]
     if "picture" in report:
         picture = report["picture"]
         lines.append(
             f"picture, {picture['steps']} steps: {picture['psnr_db']:.1f} dB beside JAX "
             f"(floor {picture['floor_db']:g} dB)"
         )
+    lines.append(report["delegates_table"])
     scores = report["attention_scores_bytes"]
     lines.append(
         f"largest attention scores: {scores['as_exported'] / 1e6:.1f} MB as exported, "

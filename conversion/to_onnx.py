@@ -10,14 +10,11 @@ import dataclasses
 import gc
 import importlib.metadata
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dreamlite_jax import cli
 from dreamlite_jax.config import ModelConfig
@@ -46,8 +43,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from dreamlite_jax import model_folder
-    from dreamlite_jax.models import minilm
 
+    from . import text_parts
     from .graph import Sizes
 
     model = model_of(args.model)
@@ -61,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes.check(config)
     rows = {}
     with model_folder.new_folder(args.output) as folder:
-        for component in exportable(config) if args.component == "all" else (args.component,):
+        for component in exportable(model, config) if args.component == "all" else (args.component,):
             rows[component] = convert_one(component, model, config, sizes, folder, args.opset, args.precision)
             gc.collect()
         if "text" in rows:
-            shutil.copyfile(minilm.minilm_file("tokenizer.json"), folder / "tokenizer.json")
+            text_parts.write_tokenizer(model, config, folder)
         report = {
             "components": rows,
             "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
@@ -90,7 +87,7 @@ def convert_one(
     begin = time.perf_counter()
     params, text = load(component, model, config)
     built = graph.build(component, config, params, sizes, text)
-    litert.check_resources(built, folder)
+    litert.check_resources({component: built.weight_bytes}, folder)
     path = folder / f"{component}.onnx"
     ports = {"inputs": litert.describe(built.inputs), "outputs": litert.describe([built.output])}
     metadata = {"component": component, "precision": precision, "sizes": dataclasses.asdict(sizes), **ports}
@@ -129,10 +126,8 @@ def compare(component: str, model: Path, config: ModelConfig, sizes: Any, path: 
     del params, run
     session = open_session(path)
     found = [session.run(None, case.graph)[0] for case in cases]
-    if component == "text":
-        keep = [case.model[1][..., None] for case in cases]
-        wanted, found = ([x * k for x, k in zip(xs, keep, strict=True)] for xs in (wanted, found))
-    return parity.measure(wanted, [np.asarray(x) for x in found], parity.FLOORS[precision])
+    wanted, found = parity.meaningful(cases, wanted), parity.meaningful(cases, found)
+    return parity.measure(wanted, found, parity.FLOORS[precision])
 
 
 def open_session(path: Path, threads: int = 0) -> Any:

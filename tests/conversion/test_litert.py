@@ -105,21 +105,27 @@ def test_a_folder_in_use_is_left_alone(small_model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_model_folder_without_a_component_is_refused(small_model, tmp_path):
+def test_a_model_folder_without_a_component_is_refused(small_model, tmp_path, monkeypatch):
     broken = tmp_path / "broken"
     shutil.copytree(small_model, broken)
     (broken / "vae.safetensors").unlink()
-    with pytest.raises(UserError, match=r"vae\.safetensors"):
+    monkeypatch.setattr(litert, "convert", None)  # nothing is converted before the message
+    with pytest.raises(UserError, match=r"lacks vae\.safetensors"):
         to_litert.main(["--model", str(broken), "--output", str(tmp_path / "out")])
 
 
 def test_weights_beyond_memory_or_format_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(litert, "available_memory", lambda: 10**6)
-    with pytest.raises(UserError, match="memory"):
-        litert.check_resources(tiny_graph(lambda p, x: x @ p["k"]), tmp_path)
-    monkeypatch.setattr(litert, "LARGEST_FILE", 10)
-    with pytest.raises(UserError, match="holds at most"):
-        litert.check_resources(tiny_graph(lambda p, x: x @ p["k"]), tmp_path)
+    weights = {"vae_decoder": 10**7, "unet": 10**9}
+    litert.check_resources({"vae_decoder": 10**5}, tmp_path / "new" / "folder")
+    monkeypatch.setattr(litert, "available_memory", lambda: 4 * 10**9)
+    with pytest.raises(UserError, match=r"unet takes 4\.7 GB of memory to convert; 4\.0 GB"):
+        litert.check_resources(weights, tmp_path)
+    monkeypatch.setattr(litert, "available_memory", lambda: None)
+    monkeypatch.setattr(litert, "available_disk", lambda folder: 10**9)
+    with pytest.raises(UserError, match=r"files take 1\.6 GB of disk; 1\.0 GB"):
+        litert.check_resources(weights, tmp_path)
+    with pytest.raises(UserError, match=r"unet has 3\.00 GB .* holds at most 2\.15 GB"):
+        litert.check_resources({"unet": 3 * 10**9}, tmp_path)
 
 
 # --- the audit's negative controls
