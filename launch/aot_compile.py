@@ -160,8 +160,8 @@ def compile_step(config: TrainConfig, devices: list, size: tuple[int, int], dump
             f"{config.accumulate}"
         )
     stage = abstract_stage(config)
-    with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(stage.init_state, jax.random.key(config.seed))
+    shapes = jax.eval_shape(stage.init_state, jax.random.key(config.seed))
+    with jax.set_mesh(mesh):  # nothing may be computed in here: there are no such devices
         placement = sharding.state_sharding(mesh, shapes)
         state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
         put = sharding.batch_sharding(mesh)
