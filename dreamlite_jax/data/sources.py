@@ -214,12 +214,13 @@ class ArrayRecords:
         for path in paths:
             try:
                 reader = array_record_module.ArrayRecordReader(str(path))
-                counts.append(reader.num_records())
-                reader.close()
+                count = reader.num_records()
+                reader.close()  # says what is wrong with a file that has been cut short
             except Exception as error:  # the library raises nothing narrower
                 self.missing.append(f"{path.name} (cannot be opened: {_line(error)})")
             else:
                 self._paths.append(path)
+                counts.append(count)
         self.missing_share = len(self.missing) / total
         self.files = self._paths
         self._ends = np.cumsum(counts, dtype=np.int64)
