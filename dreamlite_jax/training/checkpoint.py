@@ -139,7 +139,9 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, target: Any, wanted: dict[str, str]) -> Restored:
-        found = self.meta(step)["layout"]
+        found = self.meta(step).get("layout")
+        if found is None:
+            raise UserError(f"{self.directory} was written by an earlier version of this code; use another --workdir")
         if other := [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]:
             raise UserError(
                 f"{self.directory} holds a checkpoint whose {min(other)} has other arrays than this config makes; "

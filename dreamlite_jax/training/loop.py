@@ -98,6 +98,7 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
         say(f"{config.stage}: {count(shapes.params) / 1e6:.2f} M parameters on {describe(mesh)}")
 
         # 2. Resume. In this order: state, iterator, then the metrics file is cut back to the restored step.
+        stage.log_folder = workdir  # for bad records
         iterator, start = iter(stage.dataset()), 0
         if restored := checkpoints.restore(kept(shapes), kept(placement)):
             start, state = restored.step, restored.state
@@ -232,15 +233,16 @@ def say(message: str) -> None:
 
 
 def check(config: TrainConfig, stage: Stage) -> list[str]:
-    """Builds everything but runs no step: parameters by shape, one real batch, the step's shapes. Says what it saw."""
-    mesh = sharding.make_mesh(config.mesh)
-    check_batch(config, mesh.devices.size)
+    """Builds everything but runs no step: parameters by shape, one real batch, the step's shapes. Says what it saw.
+
+    The devices need not be those of the run: a pod's config can be checked on a laptop.
+    """
     state = jax.eval_shape(stage.init_state, jax.random.key(config.seed))
     batch = next(iter(stage.dataset()))
     _, values = jax.eval_shape(stage.step, state, batch)
     shapes = ", ".join(f"{name} {tuple(np.shape(value))}" for name, value in batch.items())
     return [
-        f"config: stage {config.stage}, {config.steps} steps, batch {config.data.batch_size} on {describe(mesh)}",
+        f"config: stage {config.stage}, {config.steps} steps, batch {config.data.batch_size}",
         f"parameters: {count(state.params):,}",
         f"batch: {shapes}",
         f"metrics: {', '.join(values)}",
