@@ -20,6 +20,7 @@ OVERRIDE = "--config."
 OWN = {  # what a run leaves in its workdir
     "checkpoints",
     "damaged",
+    "bad_records",
     "metrics.jsonl",
     "metrics.tmp",
     "tensorboard",

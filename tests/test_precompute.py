@@ -30,7 +30,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick_encoder(monkeypatch):
-    monkeypatch.setattr(load, "load_encoder", lambda config: tiny.WordEncoder())
+    monkeypatch.setattr(load, "load_encoder", lambda *args: tiny.WordEncoder())
 
 
 def encode(root, output, *arguments, name="edit_64"):
@@ -44,7 +44,7 @@ def encode(root, output, *arguments, name="edit_64"):
 @pytest.fixture(scope="module")
 def edits(root):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "load_encoder", lambda config: tiny.WordEncoder())
+        patch.setattr(load, "load_encoder", lambda *args: tiny.WordEncoder())
         return encode(root, root / "edit")
 
 

@@ -25,6 +25,7 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.training.config import SourceConfig
 
 FORMAT = 1
+LOOKED_AT = 1000  # records, to find some that are alike
 BUCKETS = "buckets.npy"  # the bucket of each record, where a folder has several
 
 
@@ -178,6 +179,23 @@ def no_fields(text: str) -> dict[str, np.ndarray]:
     return {}
 
 
+def first_examples(source: SourceConfig, count: int) -> list[Example]:
+    """The first examples of a folder that have one size and task, for a picture of them."""
+    records, found = open_examples(source.path), []
+    for i in range(min(LOOKED_AT, len(records))):
+        try:
+            example = unpack(records[i])
+        except Exception:  # a damaged record; training names it
+            continue
+        if not found or (example.size, example.task) == (found[0].size, found[0].task):
+            found.append(example)
+        if len(found) == count:
+            break
+    if not found:
+        raise UserError(f"none of the first records of {source.path} can be read; precompute again")
+    return found
+
+
 class LatentReader:
     """Examples of latent folders as rows of a batch (`reading.Reader`).
 
@@ -270,7 +288,7 @@ class _Rows:
 
 def mixture(
     sources: Sequence[SourceConfig], *, batch_size: int, text_length: int, seed: int, threads: int,
-    host: int = 0, hosts: int = 1, bad: BadRecords | None = None, extend: Extend = no_fields,
+    host: int = 0, hosts: int = 1, extend: Extend = no_fields, log: Path | None = None, max_bad_fraction: float = 0.01,
 ) -> grain.IterDataset:  # fmt: skip
     """Endless, exact, deterministic mixture of latent folders; hosts' parts joined are the same for any host count.
 
@@ -278,15 +296,15 @@ def mixture(
 
     Args:
       batch_size: of all hosts together.
-      bad: counts records that cannot be used; None stops at more than one in a hundred.
       extend: see `LatentReader`.
+      log, max_bad_fraction: see `reading.BadRecords`.
     """
     from dreamlite_jax.data.forms import Latents
     from dreamlite_jax.data.mixture import Batches, HostShare, check_hosts
 
     check_hosts(batch_size, hosts)
     reader = LatentReader(sources, text_length, extend)
-    bad = bad or BadRecords(None, 0.01, sum(reader.lengths))
+    bad = BadRecords(log, max_bad_fraction, sum(reader.lengths))
     weights = [source.weight for source in sources]
     if len(reader.sizes) > 1:
         vae, width = reader.infos[0]["vae"], len(reader.infos[0]["null_states"][0])

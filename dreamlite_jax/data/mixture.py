@@ -4,6 +4,7 @@ Global batch k is the same samples in the same order for any number of hosts, of
 and what the iterator saves is the same on every one.
 """
 
+import contextlib
 import multiprocessing
 import weakref
 from collections import deque
@@ -16,14 +17,17 @@ import grain
 import numpy as np
 
 from dreamlite_jax.data import reading
-from dreamlite_jax.data.buckets import Plan, Size, Stream, bucket_sizes
+from dreamlite_jax.data.buckets import Plan, Size, Stream, bucket_sizes, nearest_bucket
 from dreamlite_jax.data.index import bucket_table
 from dreamlite_jax.data.reading import BadRecords, Loaded, Reader
-from dreamlite_jax.data.sources import Source, open_source
+from dreamlite_jax.data.sources import BadRecord, Source, open_source
+from dreamlite_jax.data.transforms import Item, picture_size
+from dreamlite_jax.data.transforms import item as transform
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest, PromptStates
-from dreamlite_jax.training.config import BucketConfig, DataConfig
+from dreamlite_jax.training.config import BucketConfig, DataConfig, SourceConfig
 
+LOOKED_AT = 1000  # records, to find some that are alike
 GROUP = 8  # samples that a worker reads in one go
 AHEAD = 2  # batches read ahead of the one in use
 
@@ -120,6 +124,24 @@ def source_sizes(config: BucketConfig, sources: Sequence[Source]) -> list[Size]:
     if len(own) > 1 or own == {0}:
         raise UserError("config.buckets.size is 0; pictures other than sprites of one size need one, such as 256")
     return [(size, size) for size in own]
+
+
+def first_items(config: SourceConfig, buckets: BucketConfig, count: int) -> tuple[Size, list[Item]]:
+    """The first samples of a raw source that have one bucket and task, and its size, for a picture of them."""
+    source = open_source(config)
+    sizes, found, kind = source_sizes(buckets, [source]), [], None
+    for index in range(min(LOOKED_AT, len(source))):
+        with contextlib.suppress(BadRecord):  # training names it
+            record = source[index]
+            own = (int(nearest_bucket(sizes, np.asarray([picture_size(record.target)]))[0]), record.task)
+            if kind in (None, own):
+                found.append(transform(record, sizes[own[0]], changed_levels=config.changed_levels))
+                kind = own
+        if len(found) == count:
+            break
+    if not found:
+        raise UserError(f"none of the first records of source {config.path} can be used")
+    return sizes[kind[0]], found
 
 
 class HostShare(grain.MapDataset):

@@ -4,11 +4,14 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from dreamlite_jax.config import TextConfig
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.text import load
 from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest, PromptStates, stack_states
 
 Key = tuple[str, str, str]
@@ -21,6 +24,18 @@ def image_sha256(image: Image.Image | None) -> str:
     digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height} ".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()
+
+
+def load_remembering(config: TextConfig, directory: str | Path = ".") -> "CachedEncoder":
+    """The encoder of a config with a memory: of many prompts where words are all it reads, of few where pictures count.
+
+    Args:
+      directory: see `load.load_encoder`, whose errors these are.
+    """
+    words_only = config.encoder == "minilm"
+    return CachedEncoder(
+        load.load_encoder(config, directory), 50_000 if words_only else 64, image_in_key=not words_only
+    )
 
 
 class CachedEncoder:

@@ -299,6 +299,11 @@ class TrainConfig:
         for name in ("text_drop", "image_drop"):
             check_share(f"config.flow.{name}", getattr(self.flow, name))
         check_share("config.data.max_bad_fraction", self.data.max_bad_fraction)
+        if self.data.encode == "on_device" and self.stage not in ("flow_matching", "vae"):
+            raise UserError(
+                f"config.data.encode is 'on_device'; stage {self.stage} needs 'precomputed' (python -m "
+                "dreamlite_jax.precompute)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,10 +130,7 @@ def test_a_wrong_line_of_a_jsonl_is_named(tmp_path, lines, says):
         ({"name": "fotos"}, "no prepared data set 'fotos'; known are: photos/1.2.0"),
         ({"name": "photos:9.9.9"}, "no prepared data set 'photos:9.9.9'"),
         ({"split": "test"}, "has no split 'test'; its splits are train"),
-        (
-            {"fields": FieldsConfig()},
-            "no field 'image', 'caption'; .* its fields are (captions, photo|photo, captions)",
-        ),
+        ({"fields": FieldsConfig()}, r"no field 'image', 'caption'; .* its fields are (captions, )?photo"),
         ({"fields": FieldsConfig(image="photo", caption="captions.texts")}, "no field 'captions.texts'"),
     ],
 )

@@ -6,11 +6,15 @@ import jax
 
 from dreamlite_jax.training import flops
 from dreamlite_jax.training.stages.latent import Batch, LatentStage, Noised
-from dreamlite_jax.training.state import OneLoss
+from dreamlite_jax.training.state import OneLoss, TrainState
 
 
 class FlowMatchingStage(LatentStage, OneLoss):
     """Velocity regression on the target panel, the condition panel clean beside it."""
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimisation step, on latents or on pictures that it encodes first."""
+        return super().step(state, self.encoded(batch))
 
     def loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(loss, metrics) of one batch; see `LatentStage.flow_loss`."""
@@ -29,6 +33,6 @@ class FlowMatchingStage(LatentStage, OneLoss):
 
     def flops(self, batch: Batch) -> float:
         """Of one step on a batch of these shapes: forward and backward pass of the U-Net on each canvas."""
-        unet, (b, h, w, _) = self.config.model.unet, batch["target"].shape
+        unet, (b, h, w, _) = self.config.model.unet, batch["weight"].shape
         columns = 2 * w if unet.condition_layout == "width" else w
         return flops.training_flops(unet, b, h, columns, batch["text"].shape[1])

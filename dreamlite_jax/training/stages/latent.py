@@ -14,13 +14,19 @@ from dreamlite_jax import pictures
 from dreamlite_jax.assets import vae_path
 from dreamlite_jax.config import ModelConfig, VAEConfig, from_dict, to_dict
 from dreamlite_jax.data import latents as latent_data
+from dreamlite_jax.data import transforms
+from dreamlite_jax.data.forms import Pairs
+from dreamlite_jax.data.mixture import first_items, raw_batches
+from dreamlite_jax.data.reading import log_path
 from dreamlite_jax.diffusion import flow, guidance, panels, sampler
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import MANIFEST, load_config, load_params, load_vae, save_model
 from dreamlite_jax.models.unet import UNet, dummy_inputs
 from dreamlite_jax.models.vae import VAE
+from dreamlite_jax.text.cache import load_remembering
+from dreamlite_jax.text.encoder import PromptRequest
 from dreamlite_jax.training import checkpoint, sharding
-from dreamlite_jax.training.config import TrainConfig
+from dreamlite_jax.training.config import SourceConfig, TrainConfig
 from dreamlite_jax.types import Array, Float, Latent, PerSample, Scalar, TextMask, TextStates, TimeIds
 
 SAMPLE_SEED = 1000  # of the first item of a grid; item i has SAMPLE_SEED + i
@@ -47,7 +53,13 @@ class Facts(NamedTuple):
 
 
 class LatentStage:
-    """A U-Net, its autoencoder, and batches of latents and text states. A kind of training adds its loss or step."""
+    """A U-Net, its autoencoder, and batches of latents and text states. A kind of training adds its loss or step.
+
+    Attributes:
+      log_folder: where records that cannot be used are named, if anywhere.
+    """
+
+    log_folder: Path | None = None
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -58,20 +70,39 @@ class LatentStage:
     def facts(self) -> Facts:
         """What must be known of the data before any is read; raises `UserError` where it does not fit the config."""
         config, data = self.config, self.config.data
+        if data.encode == "on_device":
+            return self.facts_of_raw()
+        for source in (*data.sources, *data.validation):
+            if source.form != "latents":
+                raise UserError(
+                    f"source {source.path} is of kind {source.form}; config.data.encode=on_device reads raw pictures, "
+                    "precomputed reads the folders that precompute wrote"
+                )
         infos = [latent_data.read_info(source.path) for source in (*data.sources, *data.validation)]
         vae_config, vae_params = load_vae(vae_path(config.vae))
         for source, info in zip((*data.sources, *data.validation), infos, strict=True):
             if info["vae"] != to_dict(vae_config):
                 raise UserError(f"{source.path} holds latents of another autoencoder than config.vae; precompute again")
-        if config.model.vae != vae_config:
-            raise UserError(f"config.model.vae is {config.model.vae}, but the autoencoder file holds {vae_config}")
-        null_states = np.asarray(infos[0]["null_states"], np.float32)
-        if null_states.shape[1] != config.model.unet.text_dim:
+        return self.checked(Facts(vae_config, vae_params, np.asarray(infos[0]["null_states"], np.float32)))
+
+    def facts_of_raw(self) -> Facts:
+        """As `facts`, where the stage encodes pictures and words itself; loads the text encoder."""
+        config = self.config
+        vae_config, vae_params = load_vae(vae_path(config.vae))
+        self.encoder = load_remembering(config.model.text, model_of(config.init_from) if config.init_from else ".")
+        states, mask = self.encoder.encode([PromptRequest("null", "")])
+        return self.checked(Facts(vae_config, vae_params, states[0, : int(mask[0].sum())]))
+
+    def checked(self, facts: Facts) -> Facts:
+        """The facts, if they are what the config says."""
+        model, width = self.config.model, facts.null_states.shape[1]
+        if model.vae != facts.vae_config:
+            raise UserError(f"config.model.vae is {model.vae}, but the autoencoder file holds {facts.vae_config}")
+        if width != model.unet.text_dim:
             raise UserError(
-                f"config.model.unet.text_dim is {config.model.unet.text_dim}, but the data have text states of width "
-                f"{null_states.shape[1]}"
+                f"config.model.unet.text_dim is {model.unet.text_dim}, but the data have text states of width {width}"
             )
-        return Facts(vae_config, vae_params, null_states)
+        return facts
 
     # --- parameters
 
@@ -185,17 +216,36 @@ class LatentStage:
 
     def batches(self, extend: latent_data.Extend = latent_data.no_fields) -> grain.IterDataset:
         """Batches of the config's sources; `extend` gives each row more fields, by its text."""
-        data = self.config.data
+        data, host = self.config.data, jax.process_index()
+        log = log_path(self.log_folder, host) if self.log_folder else None
+        if data.encode == "on_device":
+            factor = self.vae_config.downsampling
+            return raw_batches(
+                data, lambda sizes: Pairs(sizes, factor), seed=self.config.seed, host=host, hosts=jax.process_count(),
+                log=log, encoder=self.encoder,
+            )  # fmt: skip
         return latent_data.mixture(
             data.sources,
             batch_size=data.batch_size,
             text_length=data.text_length,
             seed=self.config.seed,
             threads=data.threads,
-            host=jax.process_index(),
+            host=host,
             hosts=jax.process_count(),
             extend=extend,
+            log=log,
+            max_bad_fraction=data.max_bad_fraction,
         )
+
+    def encoded(self, batch: Batch) -> Batch:
+        """The batch with latents in place of pictures, if it has pictures; pure, no gradient goes through."""
+        if "target_image" not in batch:
+            return batch
+        vae, batch = VAE(self.vae_config), dict(batch)
+        images = jnp.concatenate([batch.pop("target_image"), batch.pop("source_image")])
+        latents = jax.lax.stop_gradient(vae.apply({"params": self.vae_params}, images, method="encode"))
+        target, source = jnp.split(latents, 2)
+        return batch | {"target": target, "source": source * flow.per_sample(batch["editing"], source)}
 
     # --- pictures
 
@@ -203,11 +253,7 @@ class LatentStage:
         """Fixed validation items: result above truth for generation; source, result, target for edits."""
         grids = []
         for source in self.config.data.validation or self.config.data.sources:
-            records = latent_data.open_examples(source.path)
-            items = [latent_data.unpack(records[i]) for i in range(min(self.config.grid_items, len(records)))]
-            batch = jax.tree.map(
-                lambda *x: np.stack(x), *[latent_data.collate(item, self.config.data.text_length) for item in items]
-            )
+            items, batch = self._first(source)
             editing = items[0].source is not None
             result, truth, given = (
                 pictures.to_uint8(self._decode(x))
@@ -225,6 +271,21 @@ class LatentStage:
                 )
             )
         return pictures.stack(grids)
+
+    def _first(self, source: SourceConfig) -> tuple[Sequence[latent_data.Example | transforms.Item], Batch]:
+        """The first items of a source, of one size and task, and a batch of them."""
+        data, count = self.config.data, self.config.grid_items
+        if data.encode == "precomputed":
+            items = latent_data.first_examples(source, count)
+            rows = [latent_data.collate(item, data.text_length) for item in items]
+            return items, jax.tree.map(lambda *x: np.stack(x), *rows)
+        size, items = first_items(source, data.buckets, count)
+        form = Pairs([size], self.vae_config.downsampling)
+        batch = form.empty(0, len(items))
+        for row, item in enumerate(items):
+            form.fill(batch, row, item)
+        states, mask = self.encoder.encode([form.request(item) for item in items], data.text_length)
+        return items, jax.device_get(jax.jit(self.encoded)(batch | {"text": states, "mask": mask}))
 
     def decoder(self) -> Callable[[Any, Latent], Array]:
         """(autoencoder parameters, latents) -> pictures, not clipped."""

@@ -1,6 +1,5 @@
 """Training of the tiny autoencoder, for data that the released one does not fit (small pictures, more channels)."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,13 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from dreamlite_jax import pictures
+from dreamlite_jax.data.forms import Images
+from dreamlite_jax.data.mixture import HostShare, check_hosts, first_items, raw_batches
+from dreamlite_jax.data.reading import log_path
+from dreamlite_jax.data.sources import Record, open_source
+from dreamlite_jax.data.transforms import open_picture
 from dreamlite_jax.model_folder import new_folder, save_vae
 from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.training import sharding
@@ -20,6 +23,8 @@ from dreamlite_jax.training.state import OneLoss
 
 class VAEStage(OneLoss):
     """Reconstruction under latent noise, with latents held at zero mean and unit variance a channel."""
+
+    log_folder: Path | None = None  # where records that cannot be used are named, if anywhere
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -46,23 +51,28 @@ class VAEStage(OneLoss):
         return loss, {"psnr": psnr, "latent_std": std.mean(), "latent_moments": moments}
 
     def dataset(self) -> grain.IterDataset:
-        data = self.config.data
+        """Batches of `image`: targets of any raw sources, cut to buckets."""
+        data, host, hosts = self.config.data, jax.process_index(), jax.process_count()
+        if data.buckets.size or any(source.form != "sprites" for source in data.sources):
+            log = log_path(self.log_folder, host) if self.log_folder else None
+            return raw_batches(data, Images, seed=self.config.seed, host=host, hosts=hosts, log=log)
+        check_hosts(data.batch_size, hosts)
         streams = [
-            grain.MapDataset.source(open_images(source.path, source.name, source.split)).seed(self.config.seed + i)
-            .shuffle().repeat().map(decode_image)
+            grain.MapDataset.source(open_source(source)).seed(self.config.seed + i).shuffle().repeat().map(decode_image)
             for i, source in enumerate(data.sources)
-        ]  # fmt: skip
+        ]
         weights = [source.weight for source in data.sources]
         stream = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
-        stream = stream[jax.process_index() :: jax.process_count()].batch(data.batch_size // jax.process_count())
+        if hosts > 1:
+            stream = HostShare(stream, data.batch_size, host, hosts)
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * max(1, data.threads))
-        return stream.to_iter_dataset(options)
+        return stream.batch(data.batch_size // hosts).to_iter_dataset(options)
 
     def grid(self, params: Any) -> np.ndarray:
         """Pictures of the validation split above their reconstructions, with the PSNR of each."""
         source = (self.config.data.validation or self.config.data.sources)[0]
-        records = open_images(source.path, source.name, source.split)
-        images = np.stack([decode_image(records[i])["image"] for i in range(min(self.config.grid_items, len(records)))])
+        _, items = first_items(source, self.config.data.buckets, self.config.grid_items)
+        images = pictures.to_float(np.stack([item.target for item in items]))
         decoded = np.clip(np.asarray(jax.jit(self.model.apply)({"params": params}, images)), -1, 1)
         psnr = [pictures.psnr(a, b) for a, b in zip(images, decoded, strict=True)]
         return pictures.grid(
@@ -76,16 +86,6 @@ class VAEStage(OneLoss):
             save_vae(folder / "vae.safetensors", self.config.model.vae, params, provenance)
 
 
-def open_images(path: str, name: str, split: str):
-    """Random-access PNG bytes of a sprites data set (`name` such as edit_64), as records."""
-    from dreamlite_jax.data.sprites import builder
-
-    task, _, size = name.partition("_")
-    return builder.open_split(path, task, int(size), split)
-
-
-def decode_image(record: dict[str, Any]) -> dict[str, np.ndarray]:
-    """{"image": (H, W, 3) float32 in [-1, 1]} of a record's target."""
-    with Image.open(io.BytesIO(record["target"])) as picture:
-        pixels = np.asarray(picture.convert("RGB"), np.float32)
-    return {"image": pixels / 127.5 - 1.0}
+def decode_image(record: Record) -> dict[str, np.ndarray]:
+    """{"image": (H, W, 3) float32 in [-1, 1]} of a record's target, as it is."""
+    return {"image": pictures.to_float(np.asarray(open_picture(record.target)))}
