@@ -152,13 +152,10 @@ def compile_step(config: TrainConfig, devices: list, size: tuple[int, int], dump
 
     from dreamlite_jax.training import sharding
     from dreamlite_jax.training.abstract import abstract_batch, abstract_stage
+    from dreamlite_jax.training.loop import check_batch
 
     mesh = sharding.make_mesh(config.mesh, devices)
-    if config.data.batch_size % (mesh.size * config.accumulate):
-        raise UserError(
-            f"config.data.batch_size {config.data.batch_size} is not a multiple of {mesh.size} chips x accumulate "
-            f"{config.accumulate}"
-        )
+    check_batch(config, mesh.size)
     stage = abstract_stage(config)
     shapes = jax.eval_shape(stage.init_state, jax.random.key(config.seed))
     with jax.set_mesh(mesh):  # nothing may be computed in here: there are no such devices

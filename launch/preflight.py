@@ -56,19 +56,13 @@ def devices(config: TrainConfig) -> tuple[str, Any]:
     import jax
 
     from dreamlite_jax.training import sharding
+    from dreamlite_jax.training.loop import check_batch, describe
 
     mesh = sharding.make_mesh(config.mesh)
-    part = mesh.size * config.accumulate
-    if config.data.batch_size % part:
-        raise UserError(
-            f"config.data.batch_size {config.data.batch_size} is not a multiple of {mesh.size} devices x "
-            f"config.accumulate {config.accumulate}"
-        )
-    said = (
-        f"{jax.device_count()} {jax.devices()[0].device_kind} on {jax.process_count()} host(s), {dict(mesh.shape)}, "
-        f"{config.data.batch_size // part} rows a device and part"
-    )
-    return said, mesh
+    check_batch(config, mesh.size)
+    rows = config.data.batch_size // mesh.size // config.accumulate
+    kind = jax.devices()[0].device_kind
+    return f"{kind}: {describe(mesh)}, {rows} rows a device and part", mesh
 
 
 def storage(workdir: Path) -> tuple[str, None]:

@@ -116,7 +116,7 @@ def test_what_cannot_be_compiled_is_bad_input():
     config = f"{Path(__file__).parent}/pod_config.py"
     for arguments, said in (
         (("--topology", "v9z:4x4"), "--topology v9z:4x4 is not known"),
-        (("--topology", "v5e:2x2", "--config.data.batch_size=6"), "6 is not a multiple of 4 chips"),
+        (("--topology", "v5e:2x2", "--config.data.batch_size=6"), "6 is not a multiple of 4 devices"),
         (("--topology", "v5e:2x2", "--width", "100"), "100 is not a positive multiple"),
         (("--topology", "v5e:2x2", "--config.mesh.fsdp=3"), "needs 3 devices; this run has 4"),
     ):

@@ -45,7 +45,7 @@ def test_all_is_well_and_nothing_is_left(preflight):
     code, verdicts, said = preflight("--config.mesh.fsdp=2")
     assert code == 0, said
     assert verdicts == dict.fromkeys(("config", "storage", "devices", "data", "batch", "step"), "ok")
-    assert "8 cpu on 1 host(s), {'data': 4, 'fsdp': 2}, 2 rows a device" in said and "loss" in said
+    assert "cpu: 8 device(s), data 4 x fsdp 2, 2 rows a device" in said and "loss" in said
     assert {path.name for path in preflight.root.iterdir()} == {"latents"}
 
 
