@@ -325,4 +325,4 @@ def model_of(location: str) -> Path:
 
 def spread(latents: Latent) -> Scalar:
     """Standard deviation over the batch, averaged over positions and channels: near 0 when all pictures are alike."""
-    return latents.std(0).mean()
+    return jnp.std(latents, 0).mean()
