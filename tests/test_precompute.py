@@ -1,10 +1,11 @@
-"""Sprites through precompute: what is in the shards, restarts, several hosts, other settings."""
+"""Precompute: what is in the shards, restarts, several hosts, other settings, shapes and bad records."""
 
 import json
 import threading
 
 import numpy as np
 import pytest
+import raw_sets
 import tiny
 
 from dreamlite_jax import model_folder, precompute
@@ -15,6 +16,7 @@ from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.pictures import to_float
 from dreamlite_jax.text import load
 from dreamlite_jax.text.encoder import PromptRequest
+from dreamlite_jax.training.config import SourceConfig
 
 COUNTS = {"train": 20, "validation": 8, "heldout": 8}
 
@@ -157,3 +159,90 @@ def test_a_text_that_is_too_long_leaves_no_shard(root, tmp_path, monkeypatch):
         encode(root, tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"made_of.json", "bad_records"}
     assert json.loads((tmp_path / "out" / "made_of.json").read_text())["records"] == 20
+
+
+# --- raw pictures of many shapes
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """30 captioned pictures of three shapes, two of them damaged, and an autoencoder."""
+    folder = tmp_path_factory.mktemp("shapes")
+    raw_sets.write_folder(folder / "raw", 30, ((16, 16), (48, 16), (16, 48)))
+    (folder / "raw" / "00004.png").write_bytes(b"no picture")
+    (folder / "raw" / "00020.png").unlink()
+    tiny.write_vae(folder / "vae.safetensors")
+    return folder
+
+
+def encode_shapes(root, output, *arguments):
+    settings = {
+        "source.kind": "folder",
+        "source.path": root / "raw",
+        "source.name": "''",
+        "vae": root / "vae.safetensors",
+        "buckets.size": 32,
+        "buckets.multiple": 16,
+        "buckets.max_ratio": 3,
+        "max_bad_fraction": 0.1,
+        "batch_size": 3,
+        "shard_size": 8,
+    }
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+    assert precompute.main(["--config", "configs/precompute.py", "--output", str(output), *overrides, *arguments]) == 0
+    return output
+
+
+def test_pictures_of_many_shapes_are_encoded_in_their_buckets_without_the_bad_ones(shapes, capsys):
+    output = encode_shapes(shapes, shapes / "latents")
+    assert "left out 2 records" in capsys.readouterr().err
+    info, found = latents.read_info(output), examples(output)
+    sizes = {0: (32, 32), 1: (48, 16), 2: (16, 48)}
+    assert {tuple(size) for size in info["buckets"]} >= set(sizes.values())
+    numbers = [int(example.text.split()[1]) for example in found]
+    assert sorted(numbers) == [i for i in range(30) if i not in (4, 20)]
+    for number, example, bucket in zip(numbers, found, np.load(output / "buckets.npy"), strict=True):
+        width, height = sizes[number % 3]
+        assert example.size == (width, height) == tuple(info["buckets"][bucket])
+        assert example.target.shape[:2] == (height // 4, width // 4)
+    log = [json.loads(line) for line in (output / "bad_records" / "host_0.jsonl").read_text().splitlines()]
+    assert [row["record"] for row in log] == ["metadata.jsonl line 5", "metadata.jsonl line 21"]
+
+    halves = shapes / "halves"
+    for host in ("1", "0"):
+        encode_shapes(shapes, halves, "--host", host, "--hosts", "2")
+    assert contents(halves) == contents(output) and latents.read_info(halves) == info
+    assert (halves / "buckets.npy").read_bytes() == (output / "buckets.npy").read_bytes()
+    with pytest.raises(UserError, match=r"records read cannot be used, more than the share max_bad_fraction 0 allows"):
+        encode_shapes(shapes, shapes / "strict", "--config.max_bad_fraction=0")
+
+
+def test_latents_of_many_shapes_are_read_in_batches_of_one(shapes):
+    folder = shapes / "for_training"
+    encode_shapes(shapes, folder)
+
+    def start(host=0, hosts=1):
+        sources = [SourceConfig(str(folder))]
+        return iter(latents.mixture(sources, batch_size=4, text_length=8, seed=0, threads=1, host=host, hosts=hosts))
+
+    whole, halves = start(), [start(host, 2) for host in range(2)]
+    position = None
+    for number in range(30):
+        batch = next(whole)
+        width, height = batch["size"][0]
+        assert (batch["size"] == batch["size"][0]).all()
+        assert batch["target"].shape == (4, int(height) // 4, int(width) // 4, 4) and np.isfinite(batch["text"]).all()
+        parts = [next(half) for half in halves]
+        assert all(np.array_equal(np.concatenate([p[key] for p in parts]), batch[key]) for key in batch)
+        if number == 9:
+            position = json.loads(json.dumps(whole.get_state()))
+        if number == 10:
+            expected = batch
+    again = start()
+    again.set_state(position)
+    assert all(np.array_equal(value, expected[key]) for key, value in next(again).items())
+
+
+def test_sizes_that_the_autoencoder_cannot_take_are_refused(shapes, tmp_path):
+    with pytest.raises(UserError, match=r"gives pictures of .*; the autoencoder needs multiples of 4 pixels"):
+        encode_shapes(shapes, tmp_path / "x", "--config.buckets.size=15", "--config.buckets.multiple=5")
