@@ -74,7 +74,7 @@ BAD_TENSORS = {
     ),
     "misshapen": (
         lambda tensors: tensors.update({TABLE: tensors[TABLE][:120].copy()}),
-        r"embed_tokens\.weight has shape \(120, 64\); and must have \(128, 64\)",
+        r"embed_tokens\.weight has shape \(120, 64\) and must have \(128, 64\)",
     ),
     "integers": (
         lambda tensors: tensors.update({TABLE: tensors[TABLE].astype(np.int8)}),
