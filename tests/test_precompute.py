@@ -16,7 +16,7 @@ from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.pictures import to_float
 from dreamlite_jax.text import load
 from dreamlite_jax.text.encoder import PromptRequest
-from dreamlite_jax.training.config import SourceConfig
+from dreamlite_jax.training.config import PrecomputeConfig, SourceConfig, load_config
 
 COUNTS = {"train": 20, "validation": 8, "heldout": 8}
 
@@ -246,3 +246,19 @@ def test_latents_of_many_shapes_are_read_in_batches_of_one(shapes):
 def test_sizes_that_the_autoencoder_cannot_take_are_refused(shapes, tmp_path):
     with pytest.raises(UserError, match=r"gives pictures of .*; the autoencoder needs multiples of 4 pixels"):
         encode_shapes(shapes, tmp_path / "x", "--config.buckets.size=15", "--config.buckets.multiple=5")
+
+
+@pytest.mark.parametrize(
+    ("argument", "source"),
+    [
+        ("edit_64", SourceConfig("runs/quickstart/data", name="edit_64")),
+        ("folder,photos", SourceConfig("photos", kind="folder")),
+        ("array_record,/data/photos,train", SourceConfig("/data/photos", kind="array_record", name="train")),
+        ("tfds,/data,coco_captions:1.1.0", SourceConfig("/data", kind="tfds", name="coco_captions:1.1.0")),
+    ],
+)
+def test_the_config_takes_every_kind_of_source(argument, source):
+    config = load_config(f"configs/precompute.py:{argument}", cls=PrecomputeConfig)
+    assert config.source == source and (config.buckets.size == 256) == (source.form != "sprites")
+    with pytest.raises(UserError, match="kind 'files' is not one of folder, array_record, tfds"):
+        load_config("configs/precompute.py:files,photos", cls=PrecomputeConfig)
