@@ -15,7 +15,7 @@ On several hosts each runs it with --host I --hosts N and the same --output on s
 size is printed before anything is written; records that cannot be used are named in DIR/bad_records.
 
 Pictures of your own are cut to buckets of about 256 px squared, up to 2 : 1 (`config.buckets`, our choice), which
-batches of training keep apart. The autoencoder shipped here is one for 64 px sprites: photographs need another, given by
+batches of training keep apart. The autoencoder shipped here is one for 64 px sprites: photographs need another, by
 --config.vae.
 Two CPU cores: about 300 records a second of t2i_64, 130 of edit_64; chips: unmeasured.
 """
