@@ -29,14 +29,14 @@ def launched(tmp_path):
     recorder = tmp_path / ".venv" / "bin" / "python"
     recorder.parent.mkdir(parents=True)
 
-    def run(fail: str = "no such command") -> tuple[int, list[str]]:
+    def run(*arguments: str, fail: str = "no such command") -> tuple[int, list[str]]:
         log.write_text("")
         recorder.write_text(f'#!/bin/sh\necho "$*" >> {log}\ncase "$*" in *"{fail}"*) exit 1;; esac\n')
         recorder.chmod(0o755)
         # Its own environment folder, not the one that these tests may run in.
         env = {**os.environ, "DREAMLITE_VENV": str(tmp_path / ".venv")}
         done = subprocess.run(
-            ["bash", tmp_path / "launch" / "quickstart.sh"], capture_output=True, cwd=tmp_path, env=env
+            ["bash", tmp_path / "launch" / "quickstart.sh", *arguments], capture_output=True, cwd=tmp_path, env=env
         )
         return done.returncode, [line for line in log.read_text().splitlines() if " pip " not in line]
 
@@ -61,3 +61,19 @@ def test_a_failed_step_stops_the_run_and_is_taken_up_again(launched):
     assert code == 0
     assert "quickstart.py:edit" in second[0]
     assert not any("quickstart.py:t2i" in line for line in second)
+
+
+def test_full_goes_on_from_the_joint_stage_to_the_student(launched):
+    assert launched()[0] == 0
+    code, lines = launched("--full")
+    assert code == 0
+    trained = [line.split("/quickstart_post.py:")[1].split(",")[0] for line in lines if "dreamlite_jax.train" in line]
+    assert trained == ["sft", "refl", "dmd2"]
+    assert not any("configs/quickstart.py" in line for line in lines)
+    converted = next(line for line in lines if "conversion.to_litert" in line)
+    assert "/dmd2/model" in converted and "/student/litert" in converted
+
+
+def test_an_unknown_option_is_no_work_folder(launched):
+    code, lines = launched("--ful")
+    assert code == 2 and not lines

@@ -13,6 +13,7 @@ from dreamlite_jax import cli, pictures
 from dreamlite_jax.errors import UserError
 
 STAGES = ("t2i", "edit", "joint")
+POST_STAGES = ("sft", "refl", "dmd2")  # of launch/quickstart.sh --full
 # (what, path of the number in the evaluations, least value): what a run must reach to have worked.
 FLOORS = (
     ("retrieval among 8, random distractors", ("joint", "validation", "generate", "retrieval_random"), 0.85),
@@ -21,25 +22,33 @@ FLOORS = (
     ("unchanged region, dB", ("joint", "validation", "edit", "unchanged_psnr"), 18.0),
 )
 SPECIALIST_MARGIN = 0.05
+KEPT_BY_STUDENT = 0.90  # share of the guided 28-step teacher's retrieval and edit gain
+WIDE_MARGIN = 0.05  # of the student over its teacher sampled in as few steps, without guidance
+LOST_BY_REFL = 0.02  # at most, of retrieval and edit gain
 RUNTIME_PSNR = 40.0
 
 
 def collect(work: Path) -> dict[str, Any]:
     """Everything the report says, from the files that the steps left."""
     seconds = {path.name: int(path.read_text()) for path in (work / "steps").iterdir()}
-    evals = {stage: json.loads((work / "evals" / stage / "report.json").read_text()) for stage in STAGES}
+    trained = STAGES + POST_STAGES if "dmd2" in seconds else STAGES
+    names = [*trained, "teacher", "undistilled"] if "dmd2" in trained else trained
+    evals = {name: json.loads((work / "evals" / name / "report.json").read_text()) for name in names}
+    final, home = ("dmd2", work / "student") if "dmd2" in trained else ("joint", work)
     stages = []
-    for stage in STAGES:
+    for stage in trained:
         provenance = json.loads((work / stage / "model" / "model.json").read_text())["provenance"]
         clock = provenance["clock"]
         minutes = sum(clock.values()) / 60
         stages.append(
             {"stage": stage, "steps": provenance["steps"], "minutes": minutes, "numbers": headline(evals[stage])}
         )
-    psnr = {name: runtime_psnr(work / "pictures", name) for name in ("made", "edited")}
-    others = sum(value for name, value in seconds.items() if name not in STAGES)
-    litert = json.loads((work / "litert" / "report.json").read_text())
+    psnr = {name: runtime_psnr(home / "pictures", name) for name in ("made", "edited")}
+    others = sum(value for name, value in seconds.items() if name not in trained)
+    litert = json.loads((home / "litert" / "report.json").read_text())
     return {
+        "model": str(work / final),  # what was sampled and converted
+        "litert_model": str(home / "litert"),
         "stages": stages,
         "minutes": {name: value / 60 for name, value in seconds.items()},
         # A stage's own clock counts what interrupted attempts trained; the step's seconds are the last attempt's.
@@ -81,9 +90,27 @@ def checks(evals: dict[str, Any], psnr: dict[str, float]) -> list[dict[str, Any]
     ):
         rows.append((name, joint[task][key] - evals[specialist]["validation"][task][key], -SPECIALIST_MARGIN))
     rows += [(f"LiteRT beside JAX, {name} picture, dB", value, RUNTIME_PSNR) for name, value in psnr.items()]
+    if "dmd2" in evals:
+        rows += post_checks({name: report["validation"] for name, report in evals.items()})
     return [
         {"what": name, "value": value, "least": floor, "holds": bool(value >= floor)} for name, value, floor in rows
     ]
+
+
+def post_checks(scores: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """What post-training must not lose, and what the student must keep and gain; (what, value, floor)."""
+    rows = []
+    for title, task, key in (
+        ("retrieval (random)", "generate", "retrieval_random"),
+        ("retrieval (hard)", "generate", "retrieval_hard"),
+        ("edit gain", "edit", "edit_gain"),
+    ):
+        of = {name: scores[name][task][key] for name in ("sft", "refl", "dmd2", "teacher", "undistilled")}
+        rows.append((f"ReFL beside SFT, {title}", of["refl"] - of["sft"], -LOST_BY_REFL))
+        kept = of["dmd2"] / of["teacher"]
+        rows.append((f"student of four steps over its teacher of 28, {title}", kept, KEPT_BY_STUDENT))
+        rows.append((f"student beside its teacher in four steps, {title}", of["dmd2"] - of["undistilled"], WIDE_MARGIN))
+    return rows
 
 
 def table(report: dict[str, Any]) -> str:
@@ -99,7 +126,8 @@ def table(report: dict[str, Any]) -> str:
     lines += [f"| {s['stage']} | {s['steps']} | {s['minutes']:.1f} | {s['numbers']} |" for s in report["stages"]]
     evaluations = sum(value for name, value in minutes.items() if name.startswith("eval"))
     lines.append(f"| evaluate | | {evaluations:.1f} | held out: {held_out(report)} |")
-    rest = sum(minutes.get(k, 0) for k in ("sample", "sample_edit", "litert", "runtime", "runtime_edit"))
+    drawing = ("sample", "sample_edit", "litert", "runtime", "runtime_edit")
+    rest = sum(minutes.get(f"{k}{suffix}", 0) for k in drawing for suffix in ("", "_student"))
     psnr = report["runtime_psnr_db"]
     beside = f"LiteRT beside JAX {psnr['made']:.0f} dB generated, {psnr['edited']:.0f} dB edited"
     lines.append(f"| convert, run | | {rest:.1f} | {beside} |")
@@ -111,14 +139,14 @@ def held_out(report: dict[str, Any]) -> str:
     return headline({"validation": report["evals"]["joint"]["heldout"]})
 
 
-def page(report: dict[str, Any], work: Path) -> str:
+def page(report: dict[str, Any]) -> str:
     """`report.md`: the table, what had to hold, the grids, what to try next."""
     checked = "\n".join(
         f"| {row['what']} | {row['value']:.3f} | {row['least']:g} | {'yes' if row['holds'] else '**no**'} |"
         for row in report["checks"]
     )
     grids = "\n\n".join(
-        f"![{name}](evals/joint/{name}.png)"
+        f"![{name}](evals/{Path(report['model']).name}/{name}.png)"
         for name in ("generate_validation", "edit_validation", "generate_heldout", "edit_heldout")
     )
     return f"""# A small DreamLite, trained on this machine
@@ -138,19 +166,19 @@ object–colour and object–place pairs that never occur in training.
 
 ## Try next
 
-{commands(work)}
+{commands(report)}
 """
 
 
-def commands(work: Path) -> str:
-    """The three commands to try, run where `work` was given."""
-    sample = f"python -m dreamlite_jax.sample --model {work}/joint"
+def commands(report: dict[str, Any]) -> str:
+    """The three commands to try, run where the work folder was given."""
+    sample, litert = f"python -m dreamlite_jax.sample --model {report['model']}", report["litert_model"]
     return "\n".join(
         (
             "```",
             f'{sample} --prompt "a cat to the left of a dog" --output cat.png',
             f'{sample} --prompt "change the background to pink" --image cat.png --output pink.png',
-            f'python -m conversion.runtime --model {work}/litert --prompt "two red hearts" --output hearts.png',
+            f'python -m conversion.runtime --model {litert} --prompt "two red hearts" --output hearts.png',
             "```",
         )
     )
@@ -164,12 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--workdir {args.workdir} is no quick start; run launch/quickstart.sh first")
     report = collect(args.workdir)
     (args.workdir / "report.json").write_text(json.dumps(report, indent=1))
-    (args.workdir / "report.md").write_text(page(report, args.workdir))
+    (args.workdir / "report.md").write_text(page(report))
     print(table(report))
     for row in report["checks"]:
         if not row["holds"]:
             print(f"below its floor: {row['what']} is {row['value']:.3f}, least {row['least']:g}", file=sys.stderr)
-    print(f"\nreport: {args.workdir}/report.md\n{commands(args.workdir)}")
+    print(f"\nreport: {args.workdir}/report.md\n{commands(report)}")
     return 0 if all(row["holds"] for row in report["checks"]) else 1
 
 
