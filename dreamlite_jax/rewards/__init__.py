@@ -1,7 +1,7 @@
 """Rewards for post-training: what a judge of pictures is, and those that come with the package.
 
 | kind       | looks at                     | files                                                                   |
-|------------|------------------------------|------------------------------------------------------------------------|
+|------------|------------------------------|-------------------------------------------------------------------------|
 | target     | picture, true picture        | none                                                                    |
 | hpsv3      | prompt, picture              | MizzenAI/HPSv3: HPSv3.safetensors; base Qwen/Qwen2-VL-7B-Instruct       |
 | editreward | instruction, source, picture | TIGER-Lab/EditReward-…: model.safetensors; base as its name says        |

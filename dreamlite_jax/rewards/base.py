@@ -57,7 +57,7 @@ class Reward(Protocol):
     def __call__(self, params: Any, images: Image, context: Context) -> PerSample:
         """(b,) float32 scores of pictures (b, H, W, 3) in [-1, 1], differentiable in them.
 
-        Decoders overshoot: values outside [-1, 1] come in and are not clipped, which would cut their gradient.
+        Decoders overshoot: values outside [-1, 1] come in. A judge of shown pictures clips them, as showing does.
         """
         ...
 

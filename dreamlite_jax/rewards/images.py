@@ -50,9 +50,10 @@ class PictureRule:
         batch, height, width, channels = images.shape
         size = self.size(height, width, vision)
         pixels = jnp.clip((images.astype(jnp.float32) + 1.0) / 2.0, 0.0, 1.0)
-        if size != (height, width):
-            pixels = jax.image.resize(pixels, (batch, *size, channels), "cubic", antialias=True)
-            pixels = jnp.clip(pixels, 0.0, 1.0)  # bicubic overshoots at edges
+        for shape in ((height, size[1]), size):  # columns, then rows; bicubic overshoots at edges, and PIL clips twice
+            if pixels.shape[1:3] != shape:
+                pixels = jax.image.resize(pixels, (batch, *shape, channels), "cubic", antialias=True)
+                pixels = jnp.clip(pixels, 0.0, 1.0)
         return patchify((pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32), vision)
 
 

@@ -66,6 +66,7 @@ def load_judge(config: RewardConfig, mesh: Mesh | None = None) -> Judge:
     if checkpoint.suffix in (".pth", ".pt", ".bin"):
         raise UserError(f"rewards: checkpoint {checkpoint} is a pickle; store its tensors as safetensors first")
     tokenizer = JudgeTokenizer(base / "tokenizer.json")
+    check_chat(base, form_of(config))
     architecture = read_config(base)
     family = architecture.vision.family
     if family != FAMILIES[config.backbone]:
@@ -76,6 +77,19 @@ def load_judge(config: RewardConfig, mesh: Mesh | None = None) -> Judge:
     placement = None if mesh is None else param_shardings(shapes, mesh)
     params = load_params(weights(checkpoint), shapes, network.config, placement, head_names(network.heads))
     return judge(config, network, params, tokenizer)
+
+
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # the first that has one counts
+
+
+def check_chat(base: Path, form: Form) -> None:
+    """Raises `UserError` when the base model's chat template is there and begins chats with other words than `form`."""
+    for path in (base / name for name in TEMPLATES):
+        text = path.read_text("utf-8") if path.is_file() else ""
+        if text and (path.suffix == ".jinja" or '"chat_template"' in text):
+            if form.system not in text:
+                raise UserError(f"{path} never says {form.system!r}, the words that the judge's chat begins with")
+            return
 
 
 def weights(checkpoint: Path) -> Path:
