@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dreamlite_jax.errors import UserError
@@ -57,11 +57,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def state_sharding(mesh: Mesh, state):
+def state_sharding(mesh: Mesh | AbstractMesh, state):
     """Large arrays split over fsdp along their longest divisible axis (ZeRO); the rest replicated."""
     fsdp = mesh.shape["fsdp"]
 
