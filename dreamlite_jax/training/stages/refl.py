@@ -46,6 +46,11 @@ class ReFLStage(LatentStage):
         abstract = self.vae_params is None
         mesh = None if abstract else sharding.make_mesh(config.mesh)
         self.setup(load_rewards(config.refl.rewards, mesh, abstract=abstract))
+        if config.data.encode == "on_device" and self.extra_fields(""):
+            raise UserError(
+                "config.data.encode is 'on_device', but these rewards read the prompts themselves, which such batches "
+                "do not have; precompute, or take rewards of kind 'target' alone"
+            )
 
     def setup(self, rewards: RewardSum) -> None:
         """What follows from the config and the rewards."""
@@ -84,7 +89,8 @@ class ReFLStage(LatentStage):
             return self.loss(params, state.start, state.frozen, batch, key)
 
         inner = train_state.TrainState(state.params, state.ema, state.opt_state, state.step)
-        inner, metrics = train_state.make_step(loss, config.optim, config.steps, config.seed)(inner, batch)
+        step = train_state.make_step(loss, config.optim, config.steps, config.seed)
+        inner, metrics = step(inner, self.encoded(batch))
         new = state.replace(params=inner.params, ema=inner.ema, opt_state=inner.opt_state, step=inner.step)
         return new, metrics
 
