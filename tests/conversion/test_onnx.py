@@ -1,0 +1,76 @@
+"""The same graphs as ONNX, run by onnxruntime beside the flax modules."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from litert_models import random_params, small_config
+
+from conversion import graph, onnx, parity, to_onnx
+from conversion.graph import Sizes
+from dreamlite_jax.errors import UserError
+
+SIZES = Sizes(32, 32, 12)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """(case, output of the flax module, graph)."""
+    config = small_config()
+    params = random_params(config, "unet")
+    case = parity.case("unet", config, SIZES, 0, seed=0)
+    wanted = parity.reference("unet", config, params)(*case.model)
+    return case, wanted, graph.build("unet", config, jax.tree.map(np.array, params), SIZES)
+
+
+def run(unet, path, **options):
+    case, wanted, built = unet
+    onnx.export(built, path, **options)
+    (found,) = to_onnx.open_session(path, threads=1).run(None, case.graph)
+    return parity.measure([wanted], [found], parity.FLOORS[options.get("precision", "fp32")])
+
+
+@pytest.mark.parametrize("opset", onnx.OPSETS)
+def test_the_numbers_and_the_standard_nodes_of_an_opset(unet, tmp_path, opset):
+    assert run(unet, tmp_path / "unet.onnx", opset=opset).passed
+    found = to_onnx.count_operations(tmp_path / "unet.onnx")
+    assert found["LayerNormalization"] == 15  # three in each of five blocks
+    assert ("GroupNormalization" in found) == (opset >= onnx.SINCE["native.group_norm"])
+    assert ("RMSNormalization" in found) == (opset >= onnx.SINCE["native.rms_norm"])
+    assert "Einsum" not in found
+
+
+def test_half_precision_reaches_its_floor_and_not_that_of_float32(unet, tmp_path):
+    found = run(unet, tmp_path / "unet.onnx", precision="fp16")
+    assert found.passed
+    assert found.relative_rms > parity.FLOORS["fp32"].relative_rms  # the floor of fp32 would see it: a control
+
+
+def test_large_weights_lie_beside_the_file(unet, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx, "EXTERNAL_BYTES", 1000)
+    assert run(unet, tmp_path / "unet.onnx").passed
+    assert (tmp_path / "unet.onnx.data").stat().st_size > 0.9 * unet[2].weight_bytes
+
+
+def test_other_weights_miss_the_floor(unet, tmp_path):
+    """Negative control."""
+    built = unet[2]
+    built.params["conv_out"]["bias"] += np.float32(1e-3)
+    found = run(unet, tmp_path / "unet.onnx")
+    built.params["conv_out"]["bias"] -= np.float32(1e-3)
+    assert not found.passed
+
+
+def test_the_command_converts_every_component(small_model, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert to_onnx.main(["--model", str(small_model), "--output", str(output), "--text_length", "12"]) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert set(report["components"]) == {"unet", "vae_encoder", "vae_decoder", "text"}
+    assert report["passed"] and (output / "tokenizer.json").is_file()
+    assert "all floors reached" in capsys.readouterr().out
+
+
+def test_an_opset_without_the_nodes_is_refused(unet, tmp_path):
+    with pytest.raises(UserError, match="opset is 16"):
+        onnx.export(unet[2], tmp_path / "unet.onnx", opset=16)
