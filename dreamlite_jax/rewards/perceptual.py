@@ -74,7 +74,7 @@ def encoder_features(config: VAEConfig) -> Features:
     return features
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, so that it can be jitted
 class TargetReward:
     """How near a picture is to the true one of its training record: 0 when equal, lower the farther.
 
