@@ -26,7 +26,7 @@ from dreamlite_jax.errors import UserError
 from . import npu
 from .audit import Operation, Tensor, audit, operations, random_input, read_metadata
 
-# Of the output's range. Under int8_dynamic the CPU rounds activations to 8 bits and the GPU does not, so they differ.
+# Of the output's range. Under int8 recipes the CPU rounds activations to 8 bits and the GPU computes in float.
 GPU_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-3, "int4_weights": 1e-3, "int8_dynamic": 5e-2, "int8_static": 5e-2}
 SOFTWARE_DRIVERS = ("/usr/lib/chromium/vk_swiftshader_icd.json", "/usr/share/vulkan/icd.d/lvp_icd.x86_64.json")
 MARK = "DELEGATE "  # of the line that the probe reports on
@@ -34,12 +34,12 @@ MARK = "DELEGATE "  # of the line that the probe reports on
 # What LiteRT's GPU accelerator (WebGPU build of ai-edge-litert 2.3.0) and Qualcomm's HTP compiler take, among the
 # operations that our graphs or likely mistakes contain.
 _BOTH = """
-    ABS ADD BATCH_MATMUL CONCATENATION CONV_2D DEPTHWISE_CONV_2D DEQUANTIZE DIV EMBEDDING_LOOKUP FULLY_CONNECTED GELU
-    LOGISTIC MAXIMUM MEAN MUL PAD REDUCE_MAX RESHAPE RESIZE_NEAREST_NEIGHBOR RSQRT SLICE SOFTMAX SUB TANH TRANSPOSE
+    ABS ADD BATCH_MATMUL CONCATENATION CONV_2D DEPTHWISE_CONV_2D DEQUANTIZE DIV EMBEDDING_LOOKUP FULLY_CONNECTED
+    GELU LOGISTIC MAXIMUM MEAN MUL PAD QUANTIZE REDUCE_MAX RESHAPE RESIZE_NEAREST_NEIGHBOR RSQRT SLICE SOFTMAX SUB
+    TANH TRANSPOSE
 """
-TAKEN = {"gpu": frozenset(_BOTH.split()), "npu": frozenset(_BOTH.split()) | {"QUANTIZE", "GATHER", "GATHER_ND"}}
+TAKEN = {"gpu": frozenset(_BOTH.split()), "npu": frozenset(_BOTH.split()) | {"GATHER", "GATHER_ND"}}
 ELEMENTWISE = ("ADD", "SUB", "MUL")
-INTEGER_TYPES = ("INT8", "UINT8", "INT16", "INT4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +82,6 @@ def refusals(op: Operation, delegate: str) -> list[str]:
         found.append(f"BATCH_MATMUL broadcasts a batch axis, which GPUs compute silently wrong, {where}")
     if op.kind in ELEMENTWISE and len(op.inputs) > 1 and not table_added_right(*op.inputs[:2]):
         found.append(f"{op.kind} has a constant that GPUs read along other axes, {where}")
-    if delegate == "gpu":
-        # Eight-bit constants are unpacked while loading; eight-bit activations are not computed there.
-        streams = [tensor for tensor in (*op.inputs, *op.outputs) if not tensor.constant]
-        if any(tensor.dtype in INTEGER_TYPES for tensor in streams):
-            found.append(f"{op.kind} has integer activations, {where}")
     return found
 
 
