@@ -1,0 +1,165 @@
+"""DMD2 against mathematics: Gaussians of known score, a student that moves onto its teacher, the sampler's sigmas."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import toys
+
+from dreamlite_jax.diffusion import flow
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.training.config import load_config
+from dreamlite_jax.training.stages import dmd2
+
+UNGUIDED = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
+TEACHER = toys.gaussian_params([1.0, -0.5], [[0.8, 0.0], [0.5, 0.4]])
+
+
+class Toy(dmd2.DMD2Stage):
+    """The stage with a network of ours and no files."""
+
+    def __init__(self, velocity, steps: int = 4, **changes):
+        config = toys.config("dmd2", **changes)
+        self.config = dataclasses.replace(config, model=dataclasses.replace(config.model, steps=steps))
+        self.model = toys.Network(velocity)
+        self.null_states = np.zeros((1, toys.TEXT), np.float32)
+        self.setup()
+
+
+def log_density(x, params, sigma):
+    """Of N(mean, chol cholᵀ), scaled and noised to sigma."""
+    cov = (1 - sigma) ** 2 * params["chol"] @ params["chol"].T + sigma**2 * jnp.eye(2)
+    centred = x - (1 - sigma) * params["mean"]
+    return -0.5 * centred @ jnp.linalg.solve(cov, centred)
+
+
+def test_the_gradient_is_the_difference_of_scores():
+    """mu_fake - mu_real = s² / (1 - s) (score_fake - score_real), from densities that are known."""
+    fake = toys.gaussian_params([0.2, 0.3], [[0.5, 0.0], [-0.2, 0.9]])
+    rng = np.random.default_rng(0)
+    sigma = np.linspace(0.1, 0.9, 16, dtype=np.float32)
+    noisy, made = (rng.normal(size=(16, 1, 1, 2)).astype(np.float32) for _ in range(2))
+    real_velocity, fake_velocity = (
+        toys.gaussian(params, noisy, sigma[:, None, None, None], None, None) for params in (TEACHER, fake)
+    )
+    gradient = dmd2.matching_gradient(made, noisy, jnp.asarray(sigma), real_velocity, fake_velocity)
+    score = jax.vmap(jax.grad(log_density), (0, None, 0))
+    flat = noisy[:, 0, 0]
+    factor = (sigma**2 / (1 - sigma))[:, None]
+    scores = score(flat, fake, sigma) - score(flat, TEACHER, sigma)
+    predicted = (flat + sigma[:, None] ** 2 * score(flat, TEACHER, sigma)) / (1 - sigma)[:, None]
+    scale = np.abs(made[:, 0, 0] - predicted).mean(1, keepdims=True)
+    np.testing.assert_allclose(gradient[:, 0, 0], factor * scores / scale, rtol=2e-3, atol=2e-4)
+    assert np.abs(gradient).max() > 0.5
+
+
+def test_the_loss_has_that_gradient_and_a_fake_equal_to_the_teacher_has_none():
+    stage = Toy(toys.gaussian, steps=1, dmd=UNGUIDED)
+    batch = toys.batch(8, (1, 1, 2))
+    student = toys.gaussian_params([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], turn=0.5)
+    grad = jax.jit(jax.grad(stage.student_loss, has_aux=True))
+    same, (_, values) = grad(student, {"unet": TEACHER}, TEACHER, batch, jax.random.key(0))
+    assert values["velocity_gap"] < 1e-6 and all(np.abs(leaf).max() < 1e-6 for leaf in jax.tree.leaves(same))
+    other, (made, values) = grad(student, {"unet": student}, TEACHER, batch, jax.random.key(0))
+    assert np.linalg.norm(other["mean"]) > 0.05 and values["velocity_gap"] > 0.1
+    # d loss / d mean is the mean gradient of the pictures, which all move with it.
+    _, level_key, noise_key = jax.random.split(jax.random.key(0), 3)
+    sigma = stage.noise_levels(level_key, made)
+    noisy = flow.interpolate(made, jax.random.normal(noise_key, made.shape), sigma)
+    velocities = (toys.gaussian(p, noisy, sigma[:, None, None, None], None, None) for p in (TEACHER, student))
+    expected = dmd2.matching_gradient(made, noisy, sigma, *velocities)[:, 0, 0].sum(0) / made.size
+    np.testing.assert_allclose(other["mean"], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_student_moves_onto_its_teacher():
+    optim = {"learning_rate": 2e-2, "warmup_steps": 0, "ema_decay": 0.98, "weight_decay": 0.0}
+    stage = Toy(
+        toys.gaussian, steps=1, optim=optim, dmd={**UNGUIDED, "fake_updates": 3, "fake": {**optim, "b2": 0.9}}
+    )  # fmt: skip
+    batch = toys.batch(128, (1, 1, 2))
+    student = toys.gaussian_params([-0.5, 0.5], [[1.0, 0.0], [0.0, 1.0]], turn=0.3)
+    state = stage.start(student, TEACHER, jax.random.key(0))
+
+    @jax.jit
+    def run(state):
+        return jax.lax.scan(lambda state, _: stage.step(state, batch), state, length=400)
+
+    state, values = run(state)
+    cov = TEACHER["chol"] @ TEACHER["chol"].T
+    turn = state.ema["turn"]
+    np.testing.assert_allclose(state.ema["mean"], TEACHER["mean"], atol=0.1)
+    np.testing.assert_allclose(turn @ turn.T, cov, atol=0.15)
+    assert np.abs(0.3**2 * np.eye(2) - cov).max() > 0.4  # which the start did not fulfil
+    np.testing.assert_allclose(state.fake["unet"]["mean"], state.params["mean"], atol=0.2)  # the fake score follows
+    assert all(np.array_equal(state.teacher[name], TEACHER[name]) for name in TEACHER)
+    assert int(state.step) == 400 and np.isfinite(values["loss"]).all()
+
+
+def plain(params, x, sigma, source, words):
+    """Depends on all that it is given."""
+    return jnp.sin(x * params["a"]) + 0.3 * source + words * sigma
+
+
+def test_the_student_is_sampled_at_the_mobile_sampler_s_sigmas():
+    seen = []
+
+    def spying(params, x, sigma, source, words):
+        jax.debug.callback(lambda s: seen.append(float(s)), sigma[0, 0, 0, 0])
+        return plain(params, x, sigma, source, words)
+
+    stage = Toy(spying)
+    batch = toys.batch(2, (4, 4, 2))
+    made = jax.jit(lambda key: stage.generate({"a": jnp.float32(0.7)}, batch, key))
+    stops = set()
+    for seed in range(12):
+        seen.clear()
+        made(jax.random.key(seed)).block_until_ready()
+        jax.effects_barrier()
+        expected = flow.sampling_sigmas(4, flow.shift_mu(stage.config.model.scheduler, 4, 4))[: len(seen)]
+        np.testing.assert_allclose(sorted(seen, reverse=True), expected, rtol=1e-6)
+        stops.add(len(seen))
+    assert stops == {1, 2, 3, 4}
+
+
+def test_the_teacher_is_guided_once_to_generate_and_twice_to_edit():
+    """In one batch of both, against the formulas of the sampler, branch by branch."""
+    stage = Toy(plain, dmd={"guidance_scale": 3.0, "image_guidance_scale": 1.5})
+    batch, params = toys.batch(2, (4, 4, 2)), {"a": jnp.float32(0.7)}
+    sigma = jnp.asarray([0.3, 0.8])
+    noisy = batch["target"]
+    got = stage.teacher_velocity(params, noisy, sigma, batch)
+    words = batch["text"].mean((1, 2))[:, None, None, None]
+    s = sigma[:, None, None, None]
+    null, image, text = (
+        plain(params, noisy, s, source, said)
+        for source, said in ((0 * noisy, 0 * words), (batch["source"], 0 * words), (batch["source"], words))
+    )
+    single = null + 3.0 * (text - null)
+    dual = null + 3.0 * (text - image) + 1.5 * (image - null)
+    np.testing.assert_allclose(got[0], single[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[1], dual[1], rtol=1e-4, atol=1e-5)
+    assert np.abs(single[1] - dual[1]).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.guidance_scale=3.0"], "config.model.guidance_scale is 3.0; a distilled model is sampled without"),
+        (["model.image_guidance_scale=1.5"], "config.model.image_guidance_scale is 1.5"),
+        (["init_from=''"], "config.dmd.teacher and config.init_from are empty"),
+        (["dmd.gan_fake_weight=0.01"], "both or neither must be above 0"),
+        (["dmd.noise_range=(0.5, 0.2)"], "config.dmd.noise_range is .* 0 < low < high < 1"),
+        (["dmd.fake_updates=0"], "config.dmd.fake_updates is 0"),
+        (["dmd.fake_update=2"], "did you mean 'fake_updates'"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused(tmp_path, overrides, says):
+    tiny.write_inputs(tmp_path)
+    mapping = tiny.train_config(tmp_path, stage="dmd2")
+    mapping["model"] = {**mapping["model"], **UNGUIDED}
+    file = str(tiny.write_config(tmp_path / "config.py", mapping))
+    with pytest.raises(UserError, match=says):
+        dmd2.DMD2Stage(load_config(file, overrides)).init_state(jax.random.key(0))
