@@ -248,7 +248,7 @@ class TrainConfig:
     A batch is worked through in `accumulate` parts, with the same result and less memory. `dtype` is that of matmuls
     and activations; parameters, their average and the optimiser stay float32. `remat` recomputes each level of the
     network in the backward pass, all of it or (`remat_keep`) all but its matrix products. `profile_steps` steps are
-    traced for the profiler into the workdir's `profile`, from the tenth step after a start.
+    traced for the profiler into the workdir's `profile`, after the first ten steps of a start.
     """
 
     stage: Literal["flow_matching", "vae", "refl", "dmd2"]

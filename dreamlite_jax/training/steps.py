@@ -12,7 +12,7 @@ from dreamlite_jax.training.clock import Clock
 
 Batch = dict[str, jax.Array]
 Signature = tuple[tuple[str, tuple[int, ...], str], ...]
-SETTLED = 10  # steps after a start before a profile begins
+SETTLED = 10  # steps of a start before a profile begins
 
 
 class Steps:
@@ -58,8 +58,8 @@ class Profile:
 
     def __init__(self, workdir: Path, start: int, steps: int, length: int):
         self._directory = workdir / "profile"
-        first = start + SETTLED
-        self._first = first if first + length <= steps else start + 1
+        first = start + SETTLED + 1
+        self._first = first if first + length <= steps + 1 else start + 1
         self._last = min(self._first + length - 1, steps)
         self.running = False
 

@@ -28,11 +28,10 @@ def run(config: str, workdir: Path, flags: tuple[str, ...], devices: int, prepar
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     jax.config.update("jax_compilation_cache_dir", str(workdir.parent / "cache"))  # as the quick start does
     sharding.MIN_SHARDED_SIZE = 64  # so that there is something to shard in so small a network
-    with workdir.with_suffix(".log").open("a", buffering=1) as log:
-        sys.stderr = sys.stdout = log
-        if prepare:
-            prepare(workdir)
-        sys.exit(train.main(["--config", config, "--workdir", str(workdir), *flags]))
+    sys.stderr = sys.stdout = workdir.with_suffix(".log").open("a", buffering=1)  # left open, for a traceback
+    if prepare:
+        prepare(workdir)
+    sys.exit(train.main(["--config", config, "--workdir", str(workdir), *flags]))
 
 
 def start(
@@ -127,8 +126,8 @@ def kill_while_saving_step_8(workdir: Path) -> None:
 
 
 def full_disk_at_step_7(workdir: Path) -> None:
-    """No file may grow above 16 KiB from then on, so that the save of step 8 fails in the middle."""
-    at_step(7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14)))
+    """No file may grow above 64 KiB from then on, so that the save of step 8 fails in the middle."""
+    at_step(7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16)))
 
 
 class Mishap:
