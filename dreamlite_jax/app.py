@@ -26,7 +26,9 @@ from dreamlite_jax.errors import UserError
 
 MOST_IMAGES = 8
 SMALL = 256  # px: pictures of models below it are shown enlarged, with hard edges
-CSS = ".gallery-container img, .image-container img { image-rendering: pixelated; }"
+# A gallery grows with its pictures; as it is, it scrolls inside the page and cuts a square one off.
+CSS = ".grid-wrap.fixed-height { min-height: 12rem !important; max-height: none !important; overflow-y: visible; }\n"
+SMALL_CSS = ".gallery-container img, .image-container img { image-rendering: pixelated; }\n"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -168,7 +170,7 @@ def controls(gr: Any, config: ModelConfig, task: str) -> dict[str, Any]:
             )
         ]  # fmt: skip
     button = gr.Button(task.capitalize(), variant="primary", elem_id=f"{task}_button")
-    with gr.Row():
+    with gr.Row(equal_height=True):
         seed = gr.Number(0, label="Seed of the first", precision=0, minimum=0, elem_id=f"{task}_seed")
         dice = gr.Button("Other seed", elem_id=f"{task}_dice")
     dice.click(new_seed, None, seed, queue=False, api_visibility="private")
@@ -231,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             page.launch(
                 server_name=args.host, server_port=args.port, share=False, inbrowser=False, show_error=True,
-                allowed_paths=[folder], theme=theme, css=CSS if model.config.native_size < SMALL else None,
+                allowed_paths=[folder], theme=theme, css=CSS + SMALL_CSS * (model.config.native_size < SMALL),
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"--port {args.port} cannot be served on {args.host}: {error}") from error
