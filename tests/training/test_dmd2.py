@@ -42,11 +42,15 @@ def test_the_gradient_is_the_difference_of_scores():
     rng = np.random.default_rng(0)
     sigma = np.linspace(0.1, 0.9, 16, dtype=np.float32)
     noisy, made = (rng.normal(size=(16, 1, 1, 2)).astype(np.float32) for _ in range(2))
-    real_velocity, fake_velocity = (
-        toys.gaussian(params, noisy, sigma[:, None, None, None], None, None) for params in (TEACHER, fake)
-    )
-    gradient = dmd2.matching_gradient(made, noisy, jnp.asarray(sigma), real_velocity, fake_velocity)
-    score = jax.vmap(jax.grad(log_density), (0, None, 0))
+
+    @jax.jit
+    def found(made, noisy, sigma):
+        level = sigma[:, None, None, None]
+        velocities = (toys.gaussian(params, noisy, level, None, None) for params in (TEACHER, fake))
+        return dmd2.matching_gradient(made, noisy, sigma, *velocities)
+
+    gradient = found(made, noisy, sigma)
+    score = jax.jit(jax.vmap(jax.grad(log_density), (0, None, 0)))
     flat = noisy[:, 0, 0]
     factor = (sigma**2 / (1 - sigma))[:, None]
     scores = score(flat, fake, sigma) - score(flat, TEACHER, sigma)
