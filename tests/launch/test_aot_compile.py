@@ -98,17 +98,19 @@ def test_a_step_compiles_for_a_tpu_without_one(tmp_path):
     """Under ZeRO: parameters are gathered, gradients sent to their owners, and activations stay where they are."""
     report = tmp_path / "report.json"
     config = f"{Path(__file__).parent}/pod_config.py"
-    overrides = ("--config.mesh.fsdp=4", "--config.accumulate=2", "--config.dtype=bfloat16", "--config.remat=True")
+    overrides = ("--config.mesh.fsdp=4", "--config.accumulate=2", "--config.dtype=bfloat16")
     done = run("--config", config, "--topology", "v5e:2x2", "--report", str(report), *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 chips, data 1 x fsdp 4, batch 16 = 4 chips x 2 parts x 2" in done.stdout and "it fits" in done.stdout
     found = json.loads(report.read_text())
     memory, sums = found["memory"], found["collectives"]
     assert found["needed"] == sum(memory.values()) < 2 * GIB
-    # Four float32 copies of about a million parameters, the large ones in quarters, and two rows of a batch.
-    assert 2e6 < memory["arguments"] < 2e7
+    # Four float32 copies of 2.4 million parameters, the large ones in quarters, and four rows of a batch.
+    assert 1e7 < memory["arguments"] < 4e7
     assert "all-to-all" not in sums
-    assert sums["all-gather"][0] > 0 and ("reduce-scatter" in sums or "all-reduce" in sums)
+    # Once a step every parameter that is split is gathered; its gradient goes back to where it is split.
+    assert sums["all-gather"][0] == 13
+    assert sums["reduce-scatter"][1] == sums["all-gather"][1] > 1e6
 
 
 @needs_libtpu
