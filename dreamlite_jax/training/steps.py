@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dreamlite_jax.training import sharding
+from dreamlite_jax.training import distributed, sharding
 from dreamlite_jax.training.clock import Clock
 
 Batch = dict[str, jax.Array]
@@ -36,6 +36,7 @@ class Steps:
         if shape not in self._programs:
             with self._clock.compiling():
                 self._programs[shape] = self._jitted.lower(state, batch).compile()
+                distributed.wait_for_all(f"compiled {len(self._programs)}")  # or the first waits in a collective
         return self._programs[shape]
 
     def __call__(self, state: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
