@@ -1,6 +1,7 @@
 """Small judges of transformers with random weights, asked as the released code asks them."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -172,6 +173,7 @@ def resized(images: Any, size: tuple[int, int]) -> Any:
     return pixels
 
 
+@functools.cache
 def real_tokenizer() -> Any:
     """With the special token, and special tokens read in text: what the released code does."""
     import tokenizers
@@ -181,6 +183,7 @@ def real_tokenizer() -> Any:
     return tokenizer
 
 
+@functools.cache
 def judge_tokenizer() -> JudgeTokenizer:
     return JudgeTokenizer(tokenizer_path())
 

@@ -94,11 +94,11 @@ def test_the_blur_of_two_guesses_wins_nothing(scores, scenes):
 
 def test_climbing_the_reward_finds_the_scene(reward, scores, scenes):
     """From its neighbour, by gradients alone, a picture becomes the true one in pixels too."""
-    truth, near = scenes[0][:4], scenes[1][:4]
+    truth, near = scenes[0][:2], scenes[1][:2]
 
     @functools.partial(jax.jit, static_argnums=2)
     def climb(params, images, steps):
-        slope = jax.grad(lambda x: reward(params, x, Context({}, truth, truth, jnp.zeros(4))).sum())
+        slope = jax.grad(lambda x: reward(params, x, Context({}, truth, truth, jnp.zeros(2))).sum())
 
         def step(i, images):
             return images + 0.1 * (1 - i.astype(jnp.float32) / steps) * jnp.sign(slope(images))
@@ -108,7 +108,7 @@ def test_climbing_the_reward_finds_the_scene(reward, scores, scenes):
     found = np.asarray(climb(reward.params, jnp.asarray(near), 60))
     before, after = (np.square(x - truth).mean() for x in (near, found))
     assert after < 0.05 * before
-    assert scores(np.tile(found, (4, 1, 1, 1)), np.tile(truth, (4, 1, 1, 1))).min() > -0.2
+    assert scores(np.tile(found, (8, 1, 1, 1)), np.tile(truth, (8, 1, 1, 1))).min() > -0.2
 
 
 def test_gradients_are_finite_where_pictures_agree(reward, scenes):
