@@ -79,6 +79,19 @@ def assert_same_bits(a: Tensors, b: Tensors) -> None:
         assert a[name].tobytes() == b[name].tobytes(), name
 
 
+def assert_same_files(a: list[Path], b: list[Path]) -> int:
+    """As `assert_same_bits`, of checkpoints that are too large to read whole; returns how many tensors they have."""
+    found, other = torch_files.checkpoint(a), torch_files.checkpoint(b)
+    assert found.keys() == other.keys()
+    for name in found:
+        pair = []
+        for path, kind in (found[name], other[name]):
+            with open_tensors(path) as file:
+                pair.append((kind, file.get_tensor(name).tobytes()))
+        assert pair[0] == pair[1], name
+    return len(found)
+
+
 def write_taesd(folder: Path, dtype: Any = ml_dtypes.bfloat16) -> Tensors:
     """The two files of an original TAESD; returns the same tensors with diffusers' names."""
     folder.mkdir(parents=True, exist_ok=True)
