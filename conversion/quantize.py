@@ -4,7 +4,8 @@ fp16          weights in half precision, computed in float. The text encoder's e
 int8_dynamic  weights int8 per channel, symmetric; activations quantised at run time. No calibration. The text encoder
               as fp16: eight bits cost MiniLM 8 to 10 per cent of its states, and the picture more than all else.
 int8_static   W8A8: weights int8 per channel, activations int8, only in matmuls and convolutions. Both embedding MLPs,
-              first and last convolution, every norm and softmax stay in float (recipe of the model's author).
+              first and last convolution, every norm and softmax stay in float (recipe of the model's author), and
+              the shortcuts of res blocks (ours).
               Calibrated on what the sampler itself visits; weights clipped by least squared error, the clipping of
               activations searched on samples that calibration did not see. The text encoder as fp16.
 int4_weights  the text encoder's dense weights int4 in blocks of 32, its embedding table int8, activations quantised at
@@ -32,8 +33,10 @@ Recipe = Literal["fp32", "fp16", "int8_dynamic", "int8_static", "int4_weights"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 SIGNATURE = "serving_default"
 MATMULS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL")
-# Layers of int8_static that stay in float; the last convolution is named after the output that it makes.
-KEPT = r"conv_in|conv_out|time_embedding|add_embedding|serving_default_\w+_output"
+# Layers of int8_static that stay in float: those of the author's recipe, and the shortcuts of res blocks, which read
+# the residual stream as it is and lose more than all else together (`sensitivity`). The last convolution is named after
+# the output that it makes.
+KEPT = r"conv_in|conv_out|conv_shortcut|time_embedding|add_embedding|serving_default_\w+_output"
 CLIPS = (1.0, 0.9, 0.8, 0.65)  # of the observed range of activations
 CALIBRATION_PROMPTS = (
     "a red car and a yellow star on a blue background",
