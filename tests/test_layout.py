@@ -27,13 +27,12 @@ TRAINING = {
     "quickstart_post.py": ("sft", "refl", "dmd2"),
     "vae.py": ("",),
 }
-# Quick ones first; the others trace the same network on other shapes.
 FULL_SIZE = {
     "dreamlite.py": ("t2i_256", "joint", "t2i_512", "t2i_1024", "edit", "sft"),
     "dreamlite_post.py": ("dmd2",),  # refl reads its rewards first; tests/training/test_refl.py builds its config
     "ladder.py": ("sdxl", "no_self_attention", "channel_concat"),
 }
-QUICK = ("t2i_256", "joint")
+QUICK = ("joint",)  # the other stages trace the same network on other shapes
 RECIPE = ("t2i_256", "t2i_512", "t2i_1024", "edit", "joint", "sft")
 PRECOMPUTE = {
     "precompute.py": ("", "t2i_64", "edit_64", "edit_128"),
