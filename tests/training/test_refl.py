@@ -144,7 +144,7 @@ def test_drift_is_the_distance_from_the_start_and_steps_raise_the_reward():
     before = reward(state.params)
     state, values = jax.jit(lambda s: jax.lax.scan(lambda s, _: stage.step(s, BATCH), s, length=30))(state)
     drift = values["drift"]
-    assert drift[0] == 0.0 and 0.05 < drift[10] < drift[29]
+    assert drift[0] < 1e-5 and 0.05 < drift[10] < drift[29]
     assert reward(state.params) > before + 0.02
     assert int(state.step) == 30 and state.start["a"] == PARAMS["a"] and state.params["a"] != PARAMS["a"]
     assert {"loss", "grad_norm", "flow_loss", "reward_loss", "reward_bright", "diversity"} <= values.keys()
