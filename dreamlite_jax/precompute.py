@@ -21,7 +21,7 @@ import numpy as np
 
 from dreamlite_jax import cli, pictures
 from dreamlite_jax.assets import vae_path
-from dreamlite_jax.config import from_dict, to_dict
+from dreamlite_jax.config import TextConfig, from_dict, to_dict
 from dreamlite_jax.data import latents as latent_data
 from dreamlite_jax.data import transforms
 from dreamlite_jax.data.buckets import Size, nearest_bucket
@@ -114,7 +114,7 @@ def precompute(config: PrecomputeConfig, output: Path, host: int = 0, hosts: int
         return
     bad = BadRecords(log_path(output, host), config.max_bad_fraction, len(source))
     bad.shards(config.source.path, source.missing, source.missing_share)
-    encoder = Encoder(vae_file, load_remembering(config.text), config.batch_size if several else 0)
+    encoder = Encoder(vae_file, text_encoder(config.text), config.batch_size if several else 0)
     check_sizes(sizes, encoder.config.downsampling)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "made_of.json", made_of)
@@ -134,6 +134,16 @@ def precompute(config: PrecomputeConfig, output: Path, host: int = 0, hosts: int
         latent_data.write_info(output, info, null.states[0, : int(null.mask[0].sum())])
     if bad.count:
         print(f"left out {bad.count} records; they are named in {bad.path}", file=sys.stderr)
+
+
+def text_encoder(config: TextConfig) -> PromptEncoder:
+    """The config's encoder, its rows spread over the local devices."""
+    import jax
+
+    from dreamlite_jax.training import sharding
+    from dreamlite_jax.training.config import MeshConfig
+
+    return load_remembering(config, mesh=sharding.make_mesh(MeshConfig(), jax.local_devices()))
 
 
 def check_sizes(sizes: Sequence[Size], downsampling: int) -> None:

@@ -32,7 +32,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick_encoder(monkeypatch):
-    monkeypatch.setattr(load, "load_encoder", lambda *args: tiny.WordEncoder())
+    monkeypatch.setattr(load, "load_encoder", lambda *args, **options: tiny.WordEncoder())
 
 
 def encode(root, output, *arguments, name="edit_64"):
@@ -46,7 +46,7 @@ def encode(root, output, *arguments, name="edit_64"):
 @pytest.fixture(scope="module")
 def edits(root):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "load_encoder", lambda *args: tiny.WordEncoder())
+        patch.setattr(load, "load_encoder", lambda *args, **options: tiny.WordEncoder())
         return encode(root, root / "edit")
 
 

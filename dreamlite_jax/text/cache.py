@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from dreamlite_jax.config import TextConfig
@@ -26,16 +27,15 @@ def image_sha256(image: Image.Image | None) -> str:
     return digest.hexdigest()
 
 
-def load_remembering(config: TextConfig, directory: str | Path = ".") -> "CachedEncoder":
+def load_remembering(config: TextConfig, directory: str | Path = ".", mesh: Mesh | None = None) -> "CachedEncoder":
     """The encoder of a config with a memory: of many prompts where words are all it reads, of few where pictures count.
 
     Args:
-      directory: see `load.load_encoder`, whose errors these are.
+      directory, mesh: see `load.load_encoder`, whose errors these are.
     """
     words_only = config.encoder == "minilm"
-    return CachedEncoder(
-        load.load_encoder(config, directory), 50_000 if words_only else 64, image_in_key=not words_only
-    )
+    encoder = load.load_encoder(config, directory, mesh=mesh)
+    return CachedEncoder(encoder, 50_000 if words_only else 64, image_in_key=not words_only)
 
 
 class CachedEncoder:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from dreamlite_jax.config import TextConfig
@@ -12,12 +13,15 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.text.encoder import PromptEncoder
 
 
-def load_encoder(config: TextConfig, directory: str | Path = ".", *, dtype: DTypeLike = jnp.bfloat16) -> PromptEncoder:
+def load_encoder(
+    config: TextConfig, directory: str | Path = ".", *, dtype: DTypeLike = jnp.bfloat16, mesh: Mesh | None = None
+) -> PromptEncoder:
     """Loads the encoder and checks that it is the one the network was trained with.
 
     Args:
       directory: the model folder. A `config.source` of Qwen3-VL that is a relative path begins there.
       dtype: of Qwen3-VL's weights and computation; MiniLM is always float32.
+      mesh: of this process's devices, to split Qwen3-VL's weights and rows over; MiniLM needs none.
 
     Raises:
       UserError: the weights are missing, damaged, or differ from `config.sha256`.
@@ -34,7 +38,7 @@ def load_encoder(config: TextConfig, directory: str | Path = ".", *, dtype: DTyp
             )
         if config.sha256:
             check_sha256(config, sha256_of(weight_files(weights_folder(folder))))
-        return QwenEncoder.load(folder, dtype=dtype, buckets=buckets_up_to(config.max_length, BUCKETS))
+        return QwenEncoder.load(folder, dtype=dtype, mesh=mesh, buckets=buckets_up_to(config.max_length, BUCKETS))
     from dreamlite_jax.models.minilm import load_minilm, minilm_directory, weights_sha256
     from dreamlite_jax.text.minilm_encoder import MiniLMEncoder
 

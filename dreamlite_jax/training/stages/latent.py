@@ -26,7 +26,7 @@ from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.text.cache import load_remembering
 from dreamlite_jax.text.encoder import PromptRequest
 from dreamlite_jax.training import checkpoint, sharding
-from dreamlite_jax.training.config import SourceConfig, TrainConfig
+from dreamlite_jax.training.config import MeshConfig, SourceConfig, TrainConfig
 from dreamlite_jax.types import Array, Float, Latent, PerSample, Scalar, TextMask, TextStates, TimeIds
 
 SAMPLE_SEED = 1000  # of the first item of a grid; item i has SAMPLE_SEED + i
@@ -89,7 +89,10 @@ class LatentStage:
         """As `facts`, where the stage encodes pictures and words itself; loads the text encoder."""
         config = self.config
         vae_config, vae_params = load_vae(vae_path(config.vae))
-        self.encoder = load_remembering(config.model.text, model_of(config.init_from) if config.init_from else ".")
+        here = jax.local_devices()  # every process encodes its own part of a batch
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(here)), here)
+        folder = model_of(config.init_from) if config.init_from else "."
+        self.encoder = load_remembering(config.model.text, folder, mesh)
         states, mask = self.encoder.encode([PromptRequest("null", "")])
         return self.checked(Facts(vae_config, vae_params, states[0, : int(mask[0].sum())]))
 
