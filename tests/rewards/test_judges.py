@@ -47,7 +47,7 @@ class Case:
     folder: Path
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=["hpsv3", "editreward", pytest.param("editreward3", marks=pytest.mark.slow)])
 def case(request, tmp_path_factory):
     import torch
 
