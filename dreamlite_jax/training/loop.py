@@ -139,7 +139,11 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
                 jax.block_until_ready(running.popleft())
             logging = last or stopping or step % config.log_every == 0
             if logging or saving:
-                means = metrics.flush()
+                try:
+                    means = metrics.flush()
+                except ArithmeticError:  # what was good when it was saved may still be on its way to the disk
+                    checkpoints.wait()
+                    raise
                 checkpoints.look()
                 if logging:
                     clock.trained(step - last_logged, work)
