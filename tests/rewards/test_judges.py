@@ -296,7 +296,7 @@ def test_bad_configs(message):
 
 
 @pytest.mark.slow
-def test_sharded_scores_and_gradients_are_the_same(small):
+def test_sharded_scores_are_the_same(small):
     """Parameters split over fsdp, samples over all devices."""
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     config = dataclasses.replace(small, dtype="float32", size_px=(96, 96), prompt_tokens=24)
@@ -304,15 +304,12 @@ def test_sharded_scores_and_gradients_are_the_same(small):
 
     def ask(judge, images, tokens):
         about = Context(tokens, images, images, jnp.zeros(8))
-        return jax.jit(jax.value_and_grad(lambda params, x: judge(params, x, about).sum(), 1))(judge.params, images)
+        return jax.jit(lambda params, x: judge(params, x, about).sum())(judge.params, images)
 
     single, split = load_judge(config), load_judge(config, mesh)
     kernel = split.params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 64, 24)
     tokens = single.prepare(PROMPTS * 4)
     rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
-    expected = ask(single, images, tokens)
     found = ask(split, jax.device_put(images, rows), jax.device_put(dict(tokens), rows))
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    assert len(found[1].sharding.device_set) == 8
-    np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
+    np.testing.assert_allclose(found, ask(single, images, tokens), atol=SCORE_TOLERANCE, rtol=0)
