@@ -127,7 +127,13 @@ def kill_while_saving_step_8(workdir: Path) -> None:
 
 def full_disk_at_step_7(workdir: Path) -> None:
     """No file may grow above 64 KiB from then on, so that the save of step 8 fails in the middle."""
-    at_step(7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16)))
+
+    def act():
+        while not (workdir / "checkpoints" / "4").is_dir():  # that save is to succeed
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+
+    at_step(7, act)
 
 
 class Mishap:
