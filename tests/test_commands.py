@@ -113,7 +113,12 @@ def refused(capsys, main, argv) -> str:
         ("precompute", {"--output": "used"}, "--output used is not empty and was not made by precompute"),
         ("precompute", {"--output": "file"}, "--output .*file is a file"),
         ("precompute", {"--output": "file/latents"}, "--output .* is a file"),
-        ("precompute", {"--config.source.name=t2i": ""}, "config.source.name is 't2i'; .* such as t2i_64"),
+        (
+            "precompute",
+            {"--config.source.name=t2i": "", "--config.source.path=used": ""},
+            "config.source.name is 't2i'; .* such as t2i_64",
+        ),
+        ("precompute", {"--config.source.path=nowhere": ""}, "source nowhere: no such folder"),
         ("precompute", {"--config.source.path=used": ""}, "no finished dataset at used"),
         ("precompute", {"--host": "2", "--hosts": "2"}, "--host 2 is not below --hosts 2"),
     ],
