@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 STAGES = {
     "t2i": (450, "", 1.5e-3, 0.6),
     "edit": (850, "t2i", 1.2e-3, 0.7),
-    "joint": (1900, "edit", 1.1e-3, 0.02),
+    "joint": (1450, "edit", 1.1e-3, 0.02),
 }
 
 
