@@ -42,6 +42,9 @@ def fingerprint(workdir: Path, step: int) -> dict:
     return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())["fingerprint"]
 
 
+pytestmark = pytest.mark.slow  # nine runs in processes of their own
+
+
 @pytest.fixture(scope="module", params=list(STAGES))
 def stage(request):
     return request.param

@@ -102,6 +102,7 @@ def test_what_they_saved_is_restored_on_other_meshes_to_the_bit(pair, pair_confi
     assert jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(restored.state.ema), exported))
 
 
+@pytest.mark.slow
 def test_killed_and_told_to_stop_they_end_with_the_same_bits(run_root, pair_config, pair):
     """One of the two gets the signal; a notice reaches the other too, and both stop after the same step."""
     workdir = run_root / "pair_struck"
