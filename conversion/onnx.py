@@ -69,9 +69,10 @@ def export(graph: Graph, path: Path, *, opset: int = 23, precision: str = "fp32"
     weights = jax.tree.leaves(graph.params)
     writer = _Writer(path, opset, np.dtype(np.float16 if precision == "fp16" else np.float32), graph.weight_bytes)
     environment: dict[Any, Value] = {}
-    for variable, array in zip(closed.jaxpr.invars, weights, strict=False):  # the inputs come after the weights
+    of_weights, of_inputs = closed.jaxpr.invars[: len(weights)], closed.jaxpr.invars[len(weights) :]
+    for variable, array in zip(of_weights, weights, strict=True):
         environment[variable] = Value(array.shape, array=array)
-    for variable, port in zip(closed.jaxpr.invars[len(weights) :], graph.inputs, strict=True):
+    for variable, port in zip(of_inputs, graph.inputs, strict=True):
         environment[variable] = writer.model_input(port.name, port.shape, port.dtype)
     (output,) = writer.run(closed.jaxpr, closed.consts, environment)
     writer.finish(output, graph.output.name, graph.output.shape, metadata)

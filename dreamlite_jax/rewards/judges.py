@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tokenizers
 
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.qwen_vl import rope
@@ -15,6 +14,7 @@ from dreamlite_jax.rewards import prompts
 from dreamlite_jax.rewards.base import Context
 from dreamlite_jax.rewards.images import CLIP_448, NATIVE, PictureRule
 from dreamlite_jax.rewards.network import RewardNetwork
+from dreamlite_jax.text.tokenizers import open_tokenizer
 from dreamlite_jax.types import Image, PerSample
 
 IMAGE_MARK = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
@@ -64,14 +64,7 @@ class JudgeTokenizer:
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; it is the tokenizer of the judge's base model")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = open_tokenizer(path, "the judge's base model")
         self._tokenizer.add_special_tokens([prompts.REWARD_TOKEN])
         self._tokenizer.encode_special_tokens = True
         self.path = path

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 from PIL import Image
 
 from dreamlite_jax.errors import UserError
@@ -17,6 +16,7 @@ from dreamlite_jax.json_files import read_json
 from dreamlite_jax.models.qwen_vl.config import QwenVLConfig, VisionTowerConfig
 from dreamlite_jax.models.qwen_vl.vision import patchify
 from dreamlite_jax.text.templates import EDIT_CHAT, GENERATE_CHAT, ChatTemplate
+from dreamlite_jax.text.tokenizers import open_tokenizer
 
 SOURCE_PX = 512  # the source of an edit is squashed to this square, whatever its shape
 IMAGE_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -40,14 +40,7 @@ class QwenTokenizer:
 
     def __init__(self, path: str | Path, config: QwenVLConfig):
         path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; it is the tokenizer of Qwen3-VL")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = open_tokenizer(path, "Qwen3-VL")
         self.image_tokens = (SOURCE_PX // config.vision.patch_size) ** 2 // config.vision.merge_unit
         self._chats = {chat: self._checked_chat(path, chat, config) for chat in (GENERATE_CHAT, EDIT_CHAT)}
         self._tokenizer.encode_special_tokens = True  # from here on only words of users

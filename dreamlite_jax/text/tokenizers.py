@@ -19,18 +19,33 @@ class TokenBatch(NamedTuple):
     mask: Float[np.ndarray, "b s"]
 
 
+def open_tokenizer(path: str | Path, owner: str) -> tokenizers.Tokenizer:
+    """The tokenizer.json at `path`, which neither cuts nor pads: the length is the encoder's business.
+
+    Raises:
+      UserError: no such file (`owner` says whose it would be), or not a tokenizer.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; it is the tokenizer of {owner}")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path} is not a tokenizer.json: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 class MiniLMTokenizer:
     """BERT's uncased WordPiece with [CLS] and [SEP] around the text, from the tokenizer.json beside the weights.
 
-    The file asks for cutting and padding at 128 tokens; both are switched off, the length is the encoder's business.
+    The file asks for cutting and padding at 128 tokens; both are switched off.
     A prompt is plain text: "[SEP]" or "[MASK]" typed by a user are spelt out and not taken for the special tokens.
     """
 
     def __init__(self, directory: str | Path | None = None):
         path = minilm_file("tokenizer.json", directory)
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = open_tokenizer(path, "MiniLM")
         self._tokenizer.encode_special_tokens = True
         pad_id = self._tokenizer.token_to_id("[PAD]")
         if pad_id is None:

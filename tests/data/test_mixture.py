@@ -32,7 +32,8 @@ def root(tmp_path_factory):
 
 
 def batches(folders, weights=None, buckets=SQUARE, *, batch_size=8, host=0, hosts=1, log=None, seed=0, **options):
-    sources = [SourceConfig(str(f), w, kind="folder") for f, w in zip(folders, weights or [1.0] * 9, strict=False)]
+    weights = weights or [1.0] * len(folders)
+    sources = [SourceConfig(str(f), w, kind="folder") for f, w in zip(folders, weights, strict=True)]
     data = DataConfig(tuple(sources), batch_size, buckets=buckets, **options)
     return raw_batches(data, Images, seed=seed, host=host, hosts=hosts, log=log)
 
