@@ -106,9 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line)
         jax.clear_caches()
         return 0
-    from dreamlite_jax.training.errors import Preempted
+    from dreamlite_jax.training.errors import Preempted, mute_abandoned_writes
     from dreamlite_jax.training.loop import train
 
+    mute_abandoned_writes()
     prepare_workdir(args.workdir)
     code = 0
     try:

@@ -1,5 +1,7 @@
 """Errors of a run, each with what the next person needs to know."""
 
+import sys
+
 
 class NonFiniteError(FloatingPointError):
     """A loss or norm that is not a number; the last good checkpoint stays as it is."""
@@ -32,6 +34,21 @@ class SaveError(OSError):
         kept = f"the checkpoint of step {before} is kept" if before else "no checkpoint was written before"
         super().__init__(f"the checkpoint of step {step} was not written ({short(cause)}); {kept}")
         self.step = step
+
+
+def mute_abandoned_writes() -> None:
+    """Keeps a `SaveError` readable: after a failed save each write still under way would print a traceback of its own.
+
+    There are as many as arrays. TensorStore's threads raise them when they report to the event loop of a save that has
+    ended; the first failure is the `SaveError`'s cause, and these say nothing more.
+    """
+    before = sys.unraisablehook
+
+    def hook(raised: "sys.UnraisableHookArgs") -> None:
+        if not (raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"):
+            before(raised)
+
+    sys.unraisablehook = hook
 
 
 class Preempted(Exception):
