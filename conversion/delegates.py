@@ -6,7 +6,6 @@ Where it cannot start, a table of rules answers; the tests hold the table to the
 Qualcomm's compiler where its libraries are installed (`npu`), else from the rules too.
 """
 
-import argparse
 import ctypes
 import dataclasses
 import json
@@ -264,7 +263,7 @@ def table(found: dict[str, list[Verdict]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; the exit code is 1 when the target of the conversion does not run a file whole."""
-    parser = argparse.ArgumentParser(prog="python -m conversion.delegates", description=__doc__.splitlines()[0])
+    parser = cli.documented("conversion.delegates", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder written by conversion.to_litert")
     parser.add_argument("--no_run", action="store_true", help="ask the GPU accelerator what it takes, compute nothing")
     parser.add_argument("--rules", action="store_true", help="the table of rules alone, which takes no time")

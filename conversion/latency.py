@@ -48,7 +48,7 @@ def litert_call(folder: Path, threads: int) -> tuple[Call, list[int]]:
 
 def onnx_call(folder: Path, threads: int) -> tuple[Call, list[int]]:
     from .audit import random_input
-    from .to_onnx import open_session
+    from .onnx_session import open_session
 
     session = open_session(folder / "unet.onnx", threads)
     ports = [{"name": i.name, "shape": i.shape, "dtype": "float32"} for i in session.get_inputs()]
@@ -128,7 +128,7 @@ def protocol(args: argparse.Namespace, sample: Sequence[int]) -> str:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(prog="python -m conversion.latency", description=__doc__.splitlines()[0])
+    parser = cli.documented("conversion.latency", __doc__)
     parser.add_argument(
         "--run", action="append", required=True, metavar="NAME=DIR", help="again for each; the order counts"
     )

@@ -280,7 +280,7 @@ def peak_memory_bytes() -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m conversion.runtime", description=__doc__.splitlines()[0])
+    parser = cli.documented("conversion.runtime", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder written by conversion.to_litert")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--image", type=Path, help="picture to edit")

@@ -75,7 +75,7 @@ def drops(found: dict[str, Any], against: dict[str, Any]) -> dict[str, float]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(prog="python -m conversion.score", description=__doc__.splitlines()[0])
+    parser = cli.documented("conversion.score", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder written by conversion.to_litert")
     parser.add_argument("--against", type=Path, help="float32 folder of the same model")
     parser.add_argument("--split", choices=("validation", "heldout"), default="validation")

@@ -8,7 +8,6 @@ code 1, and the folder stays for inspection, its report saying so.
 import argparse
 import dataclasses
 import gc
-import importlib.metadata
 import json
 import math
 import sys
@@ -17,28 +16,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamlite_jax import cli
+from dreamlite_jax import cli, model_folder
 from dreamlite_jax.config import ModelConfig, to_dict
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.models.blocks import MASK_BIAS
+from dreamlite_jax.text import templates
+
+from . import audit, delegates, exports, graph, litert, parity, quantize, text_parts
+from .graph import COMPONENTS, Sizes
+from .quantize import RECIPES, check_target
+from .runtime import FORMAT, FORMAT_VERSION, Runtime, peak_memory_bytes
 
 TARGETS = ("gpu", "npu", "cpu")
 PROMPT = "a red car and a yellow star on a blue background"  # of the picture that is compared
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from .graph import COMPONENTS
-    from .quantize import RECIPES
-
-    parser = argparse.ArgumentParser(prog="python -m conversion.to_litert", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="model folder, or the workdir of a training run")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not be in use")
-    parser.add_argument("--component", choices=(*COMPONENTS, "all"), default="all")
+    parser = exports.parser("conversion.to_litert", __doc__)
     parser.add_argument("--recipe", choices=RECIPES, default="fp32")
     parser.add_argument("--target", choices=TARGETS, default="gpu")
-    parser.add_argument("--height", type=int, help="pixels of one panel; default: the model's native size")
-    parser.add_argument("--width", type=int, help="likewise")
-    parser.add_argument("--text_length", type=int, help="tokens; default: the longest the model was trained with")
-    parser.add_argument("--batch", type=int, default=1, help="rows of a call; guidance branches can share one")
     parser.add_argument(
         "--attention_chunk", type=int, default=0, help="query rows of attention at a time, 0: all; bounds its memory"
     )
@@ -60,23 +56,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from dreamlite_jax import model_folder
-
-    from . import litert
-    from .graph import Sizes
-    from .quantize import check_target
-
-    model = model_of(args.model)
+    model = model_folder.find_model(args.model)
     config = model_folder.load_config(model)
-    sizes = Sizes(
-        args.height or config.native_size,
-        args.width or config.native_size,
-        config.text.max_length if args.text_length is None else args.text_length,
-        args.batch,
-        args.attention_chunk,
-        args.target != "cpu" if args.half_safe == "auto" else args.half_safe == "on",
-    )
-    sizes.check(config)
+    half_safe = args.target != "cpu" if args.half_safe == "auto" else args.half_safe == "on"
+    sizes = exports.sizes_of(args, config, attention_chunk=args.attention_chunk, half_safe=half_safe)
     check_target(args.recipe, args.target)
     if args.calibration_samples < 1:
         raise UserError(f"--calibration_samples is {args.calibration_samples}; it must be at least 1")
@@ -85,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--recipe int8_static is calibrated on what the sampler visits, which needs every component, the text "
             "encoder (MiniLM) among them; use --component all"
         )
-    components = exportable(model, config) if args.component == "all" else (args.component,)
+    components = exports.components_of(args, model, config)
     weights = weight_bytes(model, config, components)
     litert.check_resources(weights, args.output)
     print(
@@ -107,27 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.sensitivity,
             args.accelerators,
         )
-        report["flags"] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    print(table(report))
-    print(f"{args.output}: {'all floors reached' if report['passed'] else 'A FLOOR WAS MISSED, see report.json'}")
-    return 0 if report["passed"] else 1
-
-
-def exportable(model: Path, config: ModelConfig) -> tuple[str, ...]:
-    """Every component of a model that fits into a file: all four, or all but a text encoder of billions."""
-    from . import litert, text_parts
-    from .graph import COMPONENTS
-
-    size = text_parts.weight_bytes(model, config) if text_parts.present(model, config) else None
-    if size is not None and size <= litert.LARGEST_FILE:
-        return COMPONENTS
-    why = "is not in the folder" if size is None else f"has {size / 1e9:.1f} GB of weights, too much for one file"
-    print(
-        f"text: {config.text.encoder} {why}; it stays outside: give the U-Net states that were computed elsewhere",
-        file=sys.stderr,
-    )
-    return tuple(component for component in COMPONENTS if component != "text")
+        exports.write_report(folder, args, ("litert-converter", "ai-edge-litert", "ai-edge-quantizer"), report)
+    return exports.conclude(args, table(report), report["passed"])
 
 
 def weight_bytes(model: Path, config: ModelConfig, components: Sequence[str]) -> dict[str, int]:
@@ -136,10 +100,6 @@ def weight_bytes(model: Path, config: ModelConfig, components: Sequence[str]) ->
     Raises:
       UserError: the model folder lacks a file that one of them needs.
     """
-    from dreamlite_jax import model_folder
-
-    from . import text_parts
-
     sizes = {}
     for component in components:
         if component == "text":
@@ -155,15 +115,10 @@ def weight_bytes(model: Path, config: ModelConfig, components: Sequence[str]) ->
     return sizes
 
 
-def model_of(location: Path) -> Path:
-    """The model folder at `location`, or the one that a training run exported into it."""
-    return location / "model" if (location / "model" / "model.json").is_file() else location
-
-
 def convert_all(
     model: Path,
     config: ModelConfig,
-    sizes: Any,
+    sizes: Sizes,
     components: Sequence[str],
     folder: Path,
     recipe: str,
@@ -173,9 +128,6 @@ def convert_all(
     accelerators: bool = False,
 ) -> dict[str, Any]:
     """Converts, audits and compares the components into `folder`; returns the report."""
-    from . import delegates, parity, runtime
-    from .graph import COMPONENTS
-
     manifest = write_manifest(model, config, sizes, components, folder, recipe, target)
     rows = {}
     for component in components:
@@ -189,7 +141,6 @@ def convert_all(
         "recipe": recipe,
         "target": target,
         "sizes": dataclasses.asdict(sizes),
-        "versions": versions(),
         "attention_scores_bytes": attention_bytes(config, sizes),
     }
     found = {name: delegates.verdicts(folder / row["file"], accelerators=accelerators) for name, row in rows.items()}
@@ -199,12 +150,12 @@ def convert_all(
     passed = whole and all(row_passed(row) for row in rows.values())
     if set(rows) == set(COMPONENTS):
         floor = parity.FLOORS[recipe].psnr_db
-        params = {name: load(name, model, config)[0] for name in ("unet", "vae")}
-        params["text"], params["text_config"] = load("text", model, config)
-        psnr = parity.picture_psnr(config, params, runtime.Runtime(folder), PROMPT)
+        params = {name: exports.load(name, model, config)[0] for name in ("unet", "vae")}
+        params["text"], params["text_config"] = exports.load("text", model, config)
+        psnr = parity.picture_psnr(config, params, Runtime(folder), PROMPT)
         report["picture"] = {"prompt": PROMPT, "steps": 4, "psnr_db": min(psnr, 200.0), "floor_db": floor}
         passed = passed and psnr >= floor
-    report["peak_memory_bytes"] = runtime.peak_memory_bytes()
+    report["peak_memory_bytes"] = peak_memory_bytes()
     report["passed"] = bool(passed)
     return report
 
@@ -221,10 +172,6 @@ def quantize_all(
 
     Where all components are there, the differences are those on inputs that the sampler met, else on random ones.
     """
-    from . import audit, parity, quantize
-    from .graph import COMPONENTS
-    from .runtime import peak_memory_bytes
-
     complete = set(rows) == set(COMPONENTS)
     visited = quantize.visit(folder) if complete else {}
     for component, row in rows.items():
@@ -263,14 +210,11 @@ def row_passed(row: dict[str, Any]) -> bool:
 
 
 def convert_one(
-    component: str, model: Path, config: ModelConfig, sizes: Any, folder: Path, manifest: dict[str, Any]
+    component: str, model: Path, config: ModelConfig, sizes: Sizes, folder: Path, manifest: dict[str, Any]
 ) -> dict[str, Any]:
     """One component: its file in `folder`, and its part of the report."""
-    from . import audit, graph, litert, parity
-    from .runtime import peak_memory_bytes
-
     begin = time.perf_counter()
-    params, text = load(component, model, config)
+    params, text = exports.load(component, model, config)
     built = graph.build(component, config, params, sizes, text)
     path = folder / manifest["files"][component]
     metadata = {key: manifest[key] for key in ("config", "sizes", "recipe", "target")}
@@ -279,7 +223,7 @@ def convert_one(
     del built, params
     seconds, peak = time.perf_counter() - begin, peak_memory_bytes()
     found = audit.audit(path)
-    params, text = load(component, model, config)
+    params, text = exports.load(component, model, config)
     compared = parity.compare(component, config, sizes, params, folder, manifest, parity.FLOORS["fp32"], text)
     return {
         "file": path.name,
@@ -294,27 +238,10 @@ def convert_one(
     }
 
 
-def load(component: str, model: Path, config: ModelConfig) -> tuple[dict[str, Any], Any]:
-    """Parameters of a component's module, and the config of the text encoder for component "text"."""
-    from dreamlite_jax import model_folder
-
-    from . import text_parts
-
-    if component == "text":
-        return text_parts.load(model, config)
-    return model_folder.load_params(model, "unet" if component == "unet" else "vae"), None
-
-
 def write_manifest(
-    model: Path, config: ModelConfig, sizes: Any, components: Sequence[str], folder: Path, recipe: str, target: str
+    model: Path, config: ModelConfig, sizes: Sizes, components: Sequence[str], folder: Path, recipe: str, target: str
 ) -> dict[str, Any]:
     """model.json of the runtime, and the tokenizer beside it."""
-    from dreamlite_jax.models.blocks import MASK_BIAS
-    from dreamlite_jax.text import templates
-
-    from . import text_parts
-    from .runtime import FORMAT, FORMAT_VERSION
-
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -333,7 +260,7 @@ def write_manifest(
     return manifest
 
 
-def attention_bytes(config: ModelConfig, sizes: Any) -> dict[str, int]:
+def attention_bytes(config: ModelConfig, sizes: Sizes) -> dict[str, int]:
     """Bytes of the largest self-attention's scores in float32: whole, and with the chunk of this export."""
     unet, (h, w) = config.unet, sizes.latent(config)
     columns = 2 * w if unet.condition_layout == "width" else w
@@ -348,12 +275,6 @@ def attention_bytes(config: ModelConfig, sizes: Any) -> dict[str, int]:
     rows, tokens = largest
     chunk = min(sizes.attention_chunk or rows, rows)
     return {"whole": 4 * sizes.batch * rows * tokens, "as_exported": 4 * sizes.batch * chunk * tokens}
-
-
-def versions() -> dict[str, str]:
-    """Of everything that shapes a converted file."""
-    names = ("jax", "flax", "litert-converter", "ai-edge-litert", "ai-edge-quantizer", "numpy")
-    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in names}}
 
 
 def table(report: dict[str, Any]) -> str:

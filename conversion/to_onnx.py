@@ -8,84 +8,52 @@ import argparse
 import collections
 import dataclasses
 import gc
-import importlib.metadata
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamlite_jax import cli
+from dreamlite_jax import cli, model_folder
 from dreamlite_jax.config import ModelConfig
 
+from . import exports, graph, litert, onnx, parity, text_parts
+from .graph import Sizes
+from .onnx import OPSETS
+from .onnx_session import open_session
 from .runtime import peak_memory_bytes
-from .to_litert import exportable, load, model_of
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from .graph import COMPONENTS
-    from .onnx import OPSETS
-
-    parser = argparse.ArgumentParser(prog="python -m conversion.to_onnx", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="model folder, or the workdir of a training run")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; it must not be in use")
-    parser.add_argument("--component", choices=(*COMPONENTS, "all"), default="all")
+    parser = exports.parser("conversion.to_onnx", __doc__)
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     parser.add_argument("--opset", type=int, default=OPSETS[1], help=f"{OPSETS[0]} to {OPSETS[1]}")
-    parser.add_argument("--height", type=int, help="pixels of one panel; default: the model's native size")
-    parser.add_argument("--width", type=int, help="likewise")
-    parser.add_argument("--text_length", type=int, help="tokens; default: the longest the model was trained with")
-    parser.add_argument("--batch", type=int, default=1)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from dreamlite_jax import model_folder
-
-    from . import text_parts
-    from .graph import Sizes
-
-    model = model_of(args.model)
+    model = model_folder.find_model(args.model)
     config = model_folder.load_config(model)
-    sizes = Sizes(
-        args.height or config.native_size,
-        args.width or config.native_size,
-        config.text.max_length if args.text_length is None else args.text_length,
-        args.batch,
-    )
-    sizes.check(config)
+    sizes = exports.sizes_of(args, config)
     rows = {}
     with model_folder.new_folder(args.output) as folder:
-        for component in exportable(model, config) if args.component == "all" else (args.component,):
+        for component in exports.components_of(args, model, config):
             rows[component] = convert_one(component, model, config, sizes, folder, args.opset, args.precision)
             gc.collect()
         if "text" in rows:
             text_parts.write_tokenizer(model, config, folder)
-        report = {
-            "components": rows,
-            "flags": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-            "versions": {
-                "python": sys.version.split()[0],
-                **{name: importlib.metadata.version(name) for name in ("jax", "flax", "onnx", "onnxruntime", "numpy")},
-            },
-            "passed": all(row["parity"]["passed"] for row in rows.values()),
-        }
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    print(table(rows))
-    print(f"{args.output}: {'all floors reached' if report['passed'] else 'A FLOOR WAS MISSED, see report.json'}")
-    return 0 if report["passed"] else 1
+        passed = all(row["parity"]["passed"] for row in rows.values())
+        exports.write_report(folder, args, ("onnx", "onnxruntime"), {"components": rows, "passed": passed})
+    return exports.conclude(args, table(rows), passed)
 
 
 def convert_one(
-    component: str, model: Path, config: ModelConfig, sizes: Any, folder: Path, opset: int, precision: str
+    component: str, model: Path, config: ModelConfig, sizes: Sizes, folder: Path, opset: int, precision: str
 ) -> dict[str, Any]:
     """One component: its file (and its weights file when large) in `folder`, and its part of the report."""
-    from . import graph, litert, onnx
-
     begin = time.perf_counter()
-    params, text = load(component, model, config)
+    params, text = exports.load(component, model, config)
     built = graph.build(component, config, params, sizes, text)
     litert.check_resources({component: built.weight_bytes}, folder)
     path = folder / f"{component}.onnx"
@@ -113,11 +81,9 @@ def count_operations(path: Path) -> dict[str, int]:
     return dict(collections.Counter(node.op_type for node in model.graph.node).most_common())
 
 
-def compare(component: str, model: Path, config: ModelConfig, sizes: Any, path: Path, precision: str) -> Any:
+def compare(component: str, model: Path, config: ModelConfig, sizes: Sizes, path: Path, precision: str) -> Any:
     """The file under onnxruntime beside the flax module, on the random inputs of `parity`."""
-    from . import parity
-
-    params, text = load(component, model, config)
+    params, text = exports.load(component, model, config)
     cases = [
         parity.case(component, config, sizes, text.vocab_size if text else 0, seed) for seed in range(parity.CASES)
     ]
@@ -128,15 +94,6 @@ def compare(component: str, model: Path, config: ModelConfig, sizes: Any, path: 
     found = [session.run(None, case.graph)[0] for case in cases]
     wanted, found = parity.meaningful(cases, wanted), parity.meaningful(cases, found)
     return parity.measure(wanted, found, parity.FLOORS[precision])
-
-
-def open_session(path: Path, threads: int = 0) -> Any:
-    """An onnxruntime session on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def table(rows: dict[str, Any]) -> str:

@@ -45,9 +45,7 @@ def convert(model: str | Path, output: str | Path) -> dict[str, Any]:
     Raises:
       UserError: no model folder, a damaged one, or an architecture that the released pipelines do not run.
     """
-    start, model = time.monotonic(), Path(model)
-    if (model / "model" / model_folder.MANIFEST).is_file():
-        model = model / "model"
+    start, model = time.monotonic(), model_folder.find_model(model)
     config = model_folder.load_config(model)
     if config.unet.condition_layout != "width":
         raise UserError(

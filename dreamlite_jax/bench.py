@@ -76,7 +76,7 @@ def images_per_sec(batches: Iterator[int], seconds: float, warmup: int = 3) -> f
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = cli.Parser(prog="python -m dreamlite_jax.bench", description=__doc__.partition("\n")[0])
+    parser = cli.documented("dreamlite_jax.bench", __doc__)
     parser.add_argument("--what", required=True, choices=["data"], help="the part to measure")
     parser.add_argument("--config", metavar="FILE.py[:ARG]", help="a training config that reads raw pictures")
     parser.add_argument("--threads", type=int, help="in place of the config's")

@@ -11,7 +11,7 @@ from dreamlite_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(prog="python -m dreamlite_jax.evaluate", description=__doc__)
+    parser = cli.documented("dreamlite_jax.evaluate", __doc__)
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--benchmark", required=True, choices=["sprites"])
     parser.add_argument("--output", required=True, type=Path)

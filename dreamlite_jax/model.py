@@ -231,15 +231,9 @@ class Model:
         return np.concatenate(parts)
 
 
-def find_model(location: str | Path) -> Path:
-    """The model folder at `location`, or the one exported into a training workdir."""
-    path = Path(location)
-    return path / "model" if (path / "model" / model_folder.MANIFEST).is_file() else path
-
-
 def load_config(directory: str | Path) -> ModelConfig:
     """What `load_model` would load: a folder of ours, a training workdir or a diffusers DreamLite folder."""
-    directory = find_model(directory)
+    directory = model_folder.find_model(directory)
     return (released if released.is_released(directory) else model_folder).load_config(directory)
 
 
@@ -253,7 +247,7 @@ def load_model(directory: str | Path, *, dtype: DTypeLike = jnp.float32, text_dt
     Raises:
       UserError: not a model folder, an incomplete or damaged one, weights of another architecture.
     """
-    directory = find_model(directory)
+    directory = model_folder.find_model(directory)
     config = load_config(directory)
     if released.is_released(directory):
         params = {name: released.load_params(directory, name, config) for name in model_folder.COMPONENTS}

@@ -78,6 +78,12 @@ def save_model(
     return Path(directory)
 
 
+def find_model(location: str | Path) -> Path:
+    """The model folder at `location`, or the one that a training run exported into that workdir."""
+    path = Path(location)
+    return path / "model" if (path / "model" / MANIFEST).is_file() else path
+
+
 def load_config(directory: str | Path) -> ModelConfig:
     """The architecture and sampling settings of a model folder. Raises `UserError` when it is not one."""
     path = Path(directory) / MANIFEST

@@ -306,7 +306,7 @@ def refuse_other(output: Path, made_of: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = cli.Parser(prog="python -m dreamlite_jax.precompute", description=__doc__)
+    parser = cli.documented("dreamlite_jax.precompute", __doc__)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--host", type=int, default=0)

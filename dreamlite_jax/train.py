@@ -57,7 +57,7 @@ def build_stage(config: TrainConfig):
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
     """Arguments and the validated config; nothing has touched a device yet."""
-    parser = cli.Parser(prog="python -m dreamlite_jax.train", description=__doc__.partition("\n")[0])
+    parser = cli.documented("dreamlite_jax.train", __doc__)
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
     parser.add_argument(
         "--workdir", required=True, type=Path, help="checkpoints, metrics, grids and the exported model"

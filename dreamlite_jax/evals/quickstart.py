@@ -186,7 +186,7 @@ def commands(report: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(prog="python -m dreamlite_jax.evals.quickstart", description=__doc__)
+    parser = cli.documented("dreamlite_jax.evals.quickstart", __doc__)
     parser.add_argument("--workdir", required=True, type=Path)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if not (args.workdir / "steps").is_dir():

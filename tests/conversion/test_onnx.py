@@ -9,6 +9,7 @@ from litert_models import random_params, small_config
 
 from conversion import graph, onnx, parity, to_onnx
 from conversion.graph import Sizes
+from conversion.onnx_session import open_session
 from dreamlite_jax.errors import UserError
 
 SIZES = Sizes(32, 32, 12)
@@ -27,7 +28,7 @@ def unet():
 def run(unet, path, **options):
     case, wanted, built = unet
     onnx.export(built, path, **options)
-    (found,) = to_onnx.open_session(path, threads=1).run(None, case.graph)
+    (found,) = open_session(path, threads=1).run(None, case.graph)
     return parity.measure([wanted], [found], parity.FLOORS[options.get("precision", "fp32")])
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import oracles
 import pytest
 from flax import linen as nn
+from wrong_layers import bilinear, same_padding_conv
 
 from dreamlite_jax.config import UNetConfig
 from dreamlite_jax.model_folder import expected_shapes
@@ -179,18 +180,6 @@ def other_epsilon(norm: type[nn.Module], eps: float) -> type[nn.Module]:
 def numpy_of_jax(**changes) -> types.SimpleNamespace:
     """jax.numpy with some functions replaced, for one module."""
     return types.SimpleNamespace(**{**vars(jnp), **changes})
-
-
-def same_padding_conv(features, kernel, *, name, dtype, stride=1, bias=True, **options):
-    strides = (stride, stride)
-    return nn.Conv(
-        features, (kernel, kernel), strides, padding="SAME", use_bias=bias, dtype=dtype, name=name, **options
-    )
-
-
-def bilinear(x):
-    b, h, w, c = x.shape
-    return jax.image.resize(x, (b, 2 * h, 2 * w, c), "bilinear")
 
 
 def sin_first(x, width):

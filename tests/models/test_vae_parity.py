@@ -11,6 +11,7 @@ import oracles
 import pytest
 from flax import linen as nn
 from safetensors.numpy import load_file
+from wrong_layers import bilinear, same_padding_conv
 
 from conversion import names
 from dreamlite_jax.config import VAEConfig
@@ -109,18 +110,6 @@ def test_the_default_network_equals_diffusers():
     x, z = images(16, 24, 1), latents(DEFAULT, 2, 3, 1)
     assert difference(apply(DEFAULT, params, "encode", x), oracle_encode(model, x)) <= TOLERANCE
     assert difference(apply(DEFAULT, params, "decode", z), oracle_decode(model, z)) <= TOLERANCE
-
-
-def same_padding_conv(features, kernel, *, name, dtype, stride=1, bias=True, **options):
-    strides = (stride, stride)
-    return nn.Conv(
-        features, (kernel, kernel), strides, padding="SAME", use_bias=bias, dtype=dtype, name=name, **options
-    )
-
-
-def bilinear(x):
-    b, h, w, c = x.shape
-    return jax.image.resize(x, (b, 2 * h, 2 * w, c), "bilinear")
 
 
 PATCHES = {

@@ -105,13 +105,23 @@ def at_step(step: int, act: Callable[[], None]) -> None:
     metrics.Metrics.add = adding
 
 
-def kill_at_step_7(workdir: Path) -> None:
-    def act():
-        while not (workdir / "checkpoints" / "4").is_dir():  # the save of step 4 ends in the background
-            time.sleep(0.01)
-        die()
+class KillAtStep:
+    """SIGKILL at a step, when the save of an earlier one, which goes on in the background, has ended."""
 
-    at_step(7, act)
+    def __init__(self, step: int, saved: int):
+        self.step, self.saved = step, saved
+
+    def __call__(self, workdir: Path) -> None:
+        def act():
+            wait_for_save(workdir, self.saved)
+            die()
+
+        at_step(self.step, act)
+
+
+def wait_for_save(workdir: Path, step: int) -> None:
+    while not (workdir / "checkpoints" / str(step)).is_dir():
+        time.sleep(0.01)
 
 
 def kill_while_saving_step_8(workdir: Path) -> None:
@@ -129,8 +139,7 @@ def full_disk_at_step_7(workdir: Path) -> None:
     """No file may grow above 64 KiB from then on, so that the save of step 8 fails in the middle."""
 
     def act():
-        while not (workdir / "checkpoints" / "4").is_dir():  # that save is to succeed
-            time.sleep(0.01)
+        wait_for_save(workdir, 4)  # that one is to succeed
         os.truncate(workdir.with_suffix(".log"), 0)  # so that there is room for what is said
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
 

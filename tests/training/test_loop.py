@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from runs import die, finish, kill_at_step_7, kill_while_saving_step_8, rows, saved_steps, start, weights
+from runs import KillAtStep, die, finish, kill_while_saving_step_8, rows, saved_steps, start, weights
 
 from dreamlite_jax import model_folder, train
 from dreamlite_jax.config import to_dict
@@ -61,7 +61,7 @@ def test_it_trains_and_leaves_all_that_it_promises(whole):
 
 def test_killed_three_times_it_ends_with_the_same_bits(root, config, whole):
     workdir = root / "killed"
-    finish(start(config, workdir, kill_at_step_7), workdir, KILLED)
+    finish(start(config, workdir, KillAtStep(7, saved=4)), workdir, KILLED)
     assert saved_steps(workdir) == ["4"]
     assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4, 5]  # more than the checkpoint knows
     finish(start(config, workdir, kill_while_saving_step_8), workdir, KILLED)

@@ -2,12 +2,11 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import tiny
-from runs import at_step, die, finish, rows, saved_steps, start, weights
+from runs import KillAtStep, finish, rows, saved_steps, start, weights
 
 from dreamlite_jax import model_folder
 
@@ -26,15 +25,6 @@ STAGES = {
     },
 }  # fmt: skip
 LIMITS = {"refl": "--config.refl.max_drift=1e-4", "dmd2": "--config.dmd.min_diversity=50.0"}
-
-
-def kill_at_step_4(workdir: Path) -> None:
-    def act():
-        while not (workdir / "checkpoints" / "2").is_dir():  # the save of step 2 ends in the background
-            time.sleep(0.01)
-        die()
-
-    at_step(4, act)
 
 
 def fingerprint(workdir: Path, step: int) -> dict:
@@ -67,7 +57,7 @@ def undisturbed(run_root, stage, config):
 
 def test_killed_it_ends_with_the_same_bits(run_root, stage, config, undisturbed):
     workdir = run_root / f"{stage}_killed"
-    finish(start(config, workdir, kill_at_step_4, devices=1), workdir, (-signal.SIGKILL,))
+    finish(start(config, workdir, KillAtStep(4, saved=2), devices=1), workdir, (-signal.SIGKILL,))
     assert saved_steps(workdir) == ["2"] and not (workdir / "model").exists()
     finish(start(config, workdir, devices=1), workdir)
     assert "resumed from step 2" in workdir.with_suffix(".log").read_text()

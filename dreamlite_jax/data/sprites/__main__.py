@@ -1,6 +1,5 @@
 """Writes the sprites data sets: python -m dreamlite_jax.data.sprites --data_dir DIR [--task t2i edit] [--size 64]."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -9,7 +8,7 @@ from dreamlite_jax.data.sprites import builder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dreamlite_jax.data.sprites", description=__doc__)
+    parser = cli.documented("dreamlite_jax.data.sprites", __doc__)
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--task", nargs="+", default=["t2i", "edit"], choices=["t2i", "edit"])
     parser.add_argument("--size", type=int, default=64, help="pixels: 64, 128 or 256")

@@ -20,7 +20,7 @@ from dreamlite_jax.data.mixture import first_items, raw_batches
 from dreamlite_jax.data.reading import log_path
 from dreamlite_jax.diffusion import flow, guidance, panels, sampler
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.model_folder import MANIFEST, load_config, load_params, load_vae, save_model
+from dreamlite_jax.model_folder import MANIFEST, find_model, load_config, load_params, load_vae, save_model
 from dreamlite_jax.models.unet import UNet, dummy_inputs
 from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.text.cache import load_remembering
@@ -91,7 +91,7 @@ class LatentStage:
         vae_config, vae_params = load_vae(vae_path(config.vae))
         here = jax.local_devices()  # every process encodes its own part of a batch
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(here)), here)
-        folder = model_of(config.init_from) if config.init_from else "."
+        folder = find_model(config.init_from) if config.init_from else "."
         self.encoder = load_remembering(config.model.text, folder, mesh)
         states, mask = self.encoder.encode([PromptRequest("null", "")])
         return self.checked(Facts(vae_config, vae_params, states[0, : int(mask[0].sum())]))
@@ -117,7 +117,7 @@ class LatentStage:
 
     def params_of(self, location: str, field: str, *, shapes_only: bool = False) -> Any:
         """U-Net parameters, on the host, of the model folder or workdir that `config.<field>` names."""
-        folder = model_of(location)
+        folder = find_model(location)
         exported = (folder / MANIFEST).exists() or not checkpoint.steps_in(folder)
         stored = load_config(folder) if exported else from_dict(
             ModelConfig, checkpoint.saved_config(folder)["model"], f"{folder}: config.model"
@@ -318,12 +318,6 @@ class LatentStage:
         """Writes a model folder; its sampling settings are those of `config.model`."""
         config = dataclasses.replace(self.config.model, vae=self.vae_config)
         save_model(directory, config, {"unet": params, "vae": self.vae_params}, provenance)
-
-
-def model_of(location: str) -> Path:
-    """The model folder at `location`, or the one exported into a workdir if there is one."""
-    path = Path(location)
-    return path / "model" if (path / "model").is_dir() else path
 
 
 def spread(latents: Latent) -> Scalar:
