@@ -1,18 +1,29 @@
-"""A graph with every intermediate rounded to float16: does anything overflow, and what does precision cost?
+"""What float16 arithmetic does to a trained model: python -m conversion.half --model DIR --litert LITERT_DIR.
 
-Rounded are weights, inputs and the result of every operation. Sums inside one operation (of a matmul, a convolution, a
-mean) are kept in float32, as the kernels of phones keep them.
+LITERT_DIR is the float32 folder that `to_litert --component all` made of the model. A sampler runs it, and a few of the
+inputs that each component met, spread over steps and branches, go through its graph again with every intermediate
+rounded to float16: weights, inputs and the result of every operation. Sums inside one operation (of a matmul, a
+convolution, a mean) are kept in float32, as the kernels of phones keep them. Prints the largest magnitude (float16 ends
+at 65,504) and what is lost; an infinity or a NaN makes the exit code 1 and is named with its layer.
 """
 
 import dataclasses
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .graph import Graph
+from dreamlite_jax import cli, model_folder
+from dreamlite_jax.errors import UserError
+
+from . import exports, graph, quantize, runtime
+from .graph import Graph, Sizes
+from .parity import relative_rms
 
 LARGEST = float(np.finfo(np.float16).max)
 INLINED = ("pjit", "jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "composite")
@@ -98,3 +109,60 @@ class _Walk:
             self.overflows.setdefault(layer)
         self.peaks[layer] = max(self.peaks.get(layer, 0.0), float(size[finite].max(initial=0.0)))
         return x
+
+
+def measure(model: Path, litert: Path, calls: int) -> dict[str, dict[str, Any]]:
+    """What the inputs that a sampler met show, by component.
+
+    Raises:
+      UserError: `litert` is not the float32 folder of this model with every component.
+    """
+    config, manifest = model_folder.load_config(model), runtime.read_manifest(litert)
+    if manifest["recipe"] != "fp32" or set(manifest["files"]) != set(graph.COMPONENTS):
+        raise UserError(
+            f"--litert {litert} is of recipe {manifest['recipe']} and holds {', '.join(manifest['files'])}; it must be "
+            f"of fp32 and hold {', '.join(graph.COMPONENTS)}"
+        )
+    rows = {}
+    for component, samples in quantize.visit(litert).items():
+        params, text = exports.load(component, model, config)
+        built = graph.build(component, config, params, Sizes(**manifest["sizes"]), text)
+        chosen = samples.spread(calls)
+        runs = [run_in_half(built, [inputs[port.name] for port in built.inputs]) for inputs in chosen.inputs]
+        found = [quantize.meaningful(*pair) for pair in zip(chosen.inputs, (r.output for r in runs), strict=True)]
+        peaks = {layer: max(r.peaks.get(layer, 0.0) for r in runs) for layer in runs[0].peaks}
+        layer = max(peaks, key=peaks.__getitem__)
+        rows[component] = {
+            "calls": len(runs),
+            "peak": peaks[layer],
+            "layer": layer,
+            "overflows": sorted({layer for r in runs for layer in r.overflows}),
+            "relative_rms": max(relative_rms(*pair) for pair in zip(chosen.outputs, found, strict=True)),
+        }
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.documented("conversion.half", __doc__)
+    parser.add_argument("--model", type=Path, required=True, help="model folder, or the workdir of a training run")
+    parser.add_argument("--litert", type=Path, required=True, help="float32 folder that to_litert made of it")
+    parser.add_argument("--calls", type=int, default=6, help="inputs a component")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if args.calls < 1:
+        raise UserError(f"--calls is {args.calls}; it must be at least 1")
+    rows = measure(model_folder.find_model(args.model), args.litert, args.calls)
+    for name, row in rows.items():
+        print(
+            f"{name:<12} {row['calls']:3d} calls  largest {row['peak']:8.1f} in {row['layer']}  "
+            f"relative RMS {row['relative_rms']:.1e}  {'finite' if not row['overflows'] else 'NOT FINITE'}"
+        )
+        for layer in row["overflows"]:
+            print(f"  an infinity or a NaN in {layer}")
+    if args.output:
+        args.output.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
+    return 1 if any(row["overflows"] for row in rows.values()) else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

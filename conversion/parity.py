@@ -152,11 +152,16 @@ def meaningful(cases: Sequence[Case], outputs: Sequence[np.ndarray]) -> list[np.
     return [y if case.kept is None else y * case.kept for case, y in zip(cases, outputs, strict=True)]
 
 
+def relative_rms(wanted: np.ndarray, found: np.ndarray) -> float:
+    """Root mean square of the difference over that of what is wanted."""
+    return float(np.sqrt(np.square(wanted - found).mean() / np.square(wanted).mean()))
+
+
 def measure(wanted: list[np.ndarray], found: list[np.ndarray], floor: Floor) -> Parity:
     """Worst differences of outputs. A value that is not finite never passes."""
     pairs = list(zip(wanted, found, strict=True))
     max_abs = max(float(np.abs(a - b).max()) for a, b in pairs)
-    relative = max(float(np.sqrt(np.square(a - b).mean() / np.square(a).mean())) for a, b in pairs)
+    relative = max(relative_rms(a, b) for a, b in pairs)
     peak = max(float(np.abs(a).max()) for a in wanted)
     passed = max_abs <= floor.max_abs * max(1.0, peak) and relative <= floor.relative_rms
     return Parity(max_abs, relative, peak, bool(passed and np.isfinite(max_abs)))

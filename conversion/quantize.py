@@ -70,11 +70,18 @@ class Samples:
 
         Fewer samples than asked for are shared out in the same proportion.
         """
-        count = min(calibration + held_out, len(self.inputs))
-        chosen = np.linspace(0, len(self.inputs) - 1, count).round().astype(int)
+        chosen = self._even(calibration + held_out)
+        count = len(chosen)
         every = max(2, count // max(1, min(held_out, count // 2)))
         held = chosen[every - 1 :: every]
         return self._at(sorted(set(chosen) - set(held))), self._at(held)
+
+    def spread(self, most: int) -> "Samples":
+        """An even choice over all steps and branches."""
+        return self._at(self._even(most))
+
+    def _even(self, most: int) -> np.ndarray:
+        return np.linspace(0, len(self.inputs) - 1, min(most, len(self.inputs))).round().astype(int)
 
     def _at(self, index: Sequence[int]) -> "Samples":
         return Samples([self.inputs[i] for i in index], [self.outputs[i] for i in index])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ from litert_models import random_params, small_config
 
 from conversion import graph, graph_ops, half, parity
 from conversion.graph import Sizes
+from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.unet import UNet
 from dreamlite_jax.models.vae import VAE
 
@@ -44,10 +47,6 @@ def run(params, component="unet", safe=True):
     return half.run_in_half(ours, inputs), wanted
 
 
-def relative(found, wanted) -> float:
-    return float(np.sqrt(np.square(found - wanted).mean() / np.square(wanted).mean()))
-
-
 def scaled(tree: dict, names: tuple[str, ...], factor: float) -> dict:
     """The parameters with the kernels of some modules enlarged."""
     return {
@@ -69,7 +68,7 @@ def test_ordinary_weights_stay_finite_and_close(component):
     found, wanted = run(random_params(CONFIG, component.split("_")[0]), component)
     assert found.overflows == ()
     assert found.peak <= graph_ops.PEAK**2  # what a norm squares at most, a quarter of the largest float16
-    assert relative(found.output, wanted) < 1e-2
+    assert parity.relative_rms(wanted, found.output) < 1e-2
 
 
 # The first convolution feeds the first norms and every skip; res blocks' last convolutions and the gated layers feed
@@ -83,7 +82,7 @@ def test_adversarially_scaled_weights_stay_finite_and_close(names, factor):
     found, wanted = run(params)
     assert peak_outside_norms(found) > 256  # the attack reaches what a plain norm would square
     assert found.overflows == ()
-    assert relative(found.output, wanted) < 5e-2
+    assert parity.relative_rms(wanted, found.output) < 5e-2
 
 
 def test_plain_norms_overflow_on_the_same_weights():
@@ -91,7 +90,7 @@ def test_plain_norms_overflow_on_the_same_weights():
     params = scaled(random_params(CONFIG, "unet"), *ADVERSARIES[0])
     found, wanted = run(params, safe=False)
     assert any("norm" in layer for layer in found.overflows)
-    assert not relative(found.output, wanted) < 5e-2
+    assert not parity.relative_rms(wanted, found.output) < 5e-2
 
 
 def test_a_gated_layer_without_its_scale_would_overflow():
@@ -109,3 +108,20 @@ def test_a_gated_layer_without_its_scale_would_overflow():
     gated = [layer for layer in found.peaks if layer.endswith("net_0")]
     assert gated and all(spoiled.peaks[layer] > 8 * found.peaks[layer] for layer in gated[:1])
     assert peak_outside_norms(spoiled) > 4 * peak_outside_norms(found)
+
+
+def test_the_command_on_what_a_sampler_meets(small_model, litert_model, tmp_path, capsys):
+    flags = ["--model", str(small_model), "--litert", str(litert_model), "--calls", "1"]
+    assert half.main([*flags, "--output", str(tmp_path / "half.json")]) == 0
+    rows = json.loads((tmp_path / "half.json").read_text())
+    assert set(rows) == set(graph.COMPONENTS)
+    assert all(row["overflows"] == [] and 0 < row["relative_rms"] < 2e-2 for row in rows.values())
+    assert capsys.readouterr().out.count("finite") == 4
+
+
+def test_the_command_wants_the_float32_folder(small_model, litert_model, tmp_path):
+    folder = shutil.copytree(litert_model, tmp_path / "int8")
+    manifest = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**manifest, "recipe": "int8_static"}))
+    with pytest.raises(UserError, match=r"int8_static.*must be of fp32"):
+        half.main(["--model", str(small_model), "--litert", str(folder)])
