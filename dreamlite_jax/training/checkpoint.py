@@ -1,14 +1,17 @@
 """Whole checkpoints through orbax: state, data iterator, clock and config as one object, written in the background.
 
 Order of resuming: the newest checkpoint that is whole by its own fingerprint, then the data iterator, then the metrics
-file, cut back to that step. A damaged checkpoint is set aside with a message, never used and never silently replaced.
+file, cut back to that step. A damaged checkpoint is set aside with a message, never used and never silently replaced;
+what the machine or the storage is at fault for is raised, and moves nothing.
 """
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,6 +27,11 @@ from dreamlite_jax.training.errors import SaveError, short
 from dreamlite_jax.training.fingerprint import fingerprint
 
 FOLDER, DAMAGED = "checkpoints", "damaged"  # in a workdir
+ARCHITECTURE = ("unet", "vae", "text")  # of `config.model`; the rest are settings, which may change between starts
+PASSING = (  # how messages of storage and devices begin that say nothing of what is in the files
+    "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED", "UNAVAILABLE", "UNKNOWN",
+)  # fmt: skip
 
 
 class Restored(NamedTuple):
@@ -79,67 +87,37 @@ class Checkpoints:
                 ),
             )
 
-    def meta(self, step: int) -> dict[str, Any]:
-        """What `save` was told of the run at `step`; touches no device."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-
-    def check(self, config: dict[str, Any]) -> None:
-        """Looks whether this config can go on from what is here; touches no device.
-
-        Raises:
-          UserError: the checkpoints are of another architecture or stage, or of more steps than the config's.
-        """
-        for step in self.steps():
-            try:
-                stored = self.meta(step)["config"]
-            except Exception:  # whatever is wrong with it, `restore` says so and sets it aside
-                continue
-            hint = "use another --workdir, or the config it was started with"
-            if difference := _first_difference(stored["model"], config["model"]):
-                raise UserError(f"{self.directory} holds a checkpoint of another architecture: {difference}; {hint}")
-            if stored["stage"] != config["stage"]:
-                raise UserError(
-                    f"{self.directory} holds checkpoints of stage {stored['stage']}, and config.stage is "
-                    f"{config['stage']}; use another --workdir (config.init_from can name this one)"
-                )
-            if step > config["steps"]:
-                raise UserError(
-                    f"config.steps is {config['steps']}, but {self.workdir} has trained {step} steps; "
-                    "use another --workdir"
-                )
-            return
-
     def restore(self, shapes: Any, placement: Any) -> Restored | None:
         """The newest whole checkpoint, its state placed by `placement`'s shardings; None where there is none.
 
         Damaged ones are moved to the workdir's folder `damaged`, with a message on stderr.
 
         Raises:
-          UserError: there are checkpoints, and not one of them is whole; or they have other arrays than these shapes.
+          UserError: there are checkpoints or were, and not one of them is whole; or they have other arrays than these
+            shapes.
+          Exception: anything that is no damage, such as storage that does not answer.
         """
-        steps, wanted = self.steps(), layout(shapes)
+        wanted = layout(shapes)
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
-        for step in steps:
+        for step in self.steps():
             try:
                 restored = self._restore(step, target, wanted)
-            except (UserError, MemoryError, PermissionError):
-                raise
-            except Exception as error:  # a damaged file can fail in any way
-                if "RESOURCE_EXHAUSTED" in str(error):
+            except Exception as error:
+                if not is_damage(error):
                     raise
                 self._set_aside(step, error)
             else:
                 self._last = step
                 return restored
-        if steps:
+        if damaged := sorted(path.name for path in (self.workdir / DAMAGED).glob("*")):
             raise UserError(
-                f"{self.workdir} has checkpoints of steps {steps}, and none of them is whole; they are in "
-                f"{self.workdir / DAMAGED}. Use another --workdir to begin anew"
+                f"{self.workdir} has no checkpoint that is whole; damaged ones are in {self.workdir / DAMAGED}: "
+                f"{', '.join(damaged)}. Use another --workdir to begin anew"
             )
         return None
 
     def _restore(self, step: int, target: Any, wanted: dict[str, str]) -> Restored:
-        found = self.meta(step).get("layout")
+        found = _meta(self._manager, step).get("layout")
         if found is None:
             raise UserError(f"{self.directory} was written by an earlier version of this code; use another --workdir")
         if other := [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]:
@@ -197,10 +175,66 @@ class Checkpoints:
         self._manager.close()
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether a checkpoint that raised this is at fault: a damaged file can fail in any way but those of the machine."""
+    if error.__cause__ is not None and not is_damage(error.__cause__):
+        return False
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError)
+    refused = [int(code) for code in re.findall(r"os_error_code='(\d+)'", str(error))]  # of TensorStore's ValueErrors
+    return not (
+        isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError)
+        or str(error).startswith(PASSING)
+        or any(code != errno.ENOENT for code in refused)
+    )
+
+
+def check_resume(workdir: Path, config: dict[str, Any], *, finished: bool = False) -> None:
+    """Looks whether this config can go on from a workdir's checkpoints, or made them; touches no device, and no file.
+
+    Args:
+      finished: the run is complete, and so must be what the config asks for.
+
+    Raises:
+      UserError: the checkpoints are of another architecture or stage, or of more steps than the config's; of a finished
+        run also: of fewer.
+    """
+    for step in reversed(steps_in(workdir)):
+        try:
+            with _reader(workdir) as manager:
+                stored = _meta(manager, step)["config"]
+        except Exception:  # whatever is wrong with it, `restore` says so
+            continue
+        return _compare(workdir, step, stored, config, finished)
+
+
+def _compare(workdir: Path, step: int, stored: dict[str, Any], config: dict[str, Any], finished: bool) -> None:
+    for part in ARCHITECTURE:
+        if difference := _first_difference(stored["model"][part], config["model"][part], f"model.{part}"):
+            raise UserError(
+                f"{workdir} holds a checkpoint of another architecture: {difference}; use another --workdir, or the "
+                "config it was started with"
+            )
+    if stored["stage"] != config["stage"]:
+        raise UserError(
+            f"{workdir} holds checkpoints of stage {stored['stage']}, and config.stage is {config['stage']}; use "
+            "another --workdir (config.init_from can name this one)"
+        )
+    if step > config["steps"]:
+        raise UserError(
+            f"config.steps is {config['steps']}, but {workdir} has trained {step} steps; use another --workdir"
+        )
+    if finished and stored["steps"] != config["steps"]:
+        raise UserError(
+            f"config.steps is {config['steps']}, but the run in {workdir} is complete after {stored['steps']}; use "
+            "another --workdir (config.init_from can name this one)"
+        )
+
+
 def saved_config(workdir: Path) -> dict[str, Any]:
     """The whole config, as a mapping, of the run that saved a workdir's newest checkpoint."""
     with _newest(workdir) as (manager, step):
-        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]["config"]
+        return _meta(manager, step)["config"]
 
 
 def averaged(workdir: Path, shapes: Any) -> Any:
@@ -225,8 +259,7 @@ def _newest(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
     """A workdir's checkpoints to read, and the newest step; what goes wrong inside is a `UserError`."""
     if not (steps := steps_in(workdir)):
         raise UserError(f"{workdir} has no checkpoint")
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options) as manager:
+    with _reader(workdir) as manager:
         try:
             yield manager, steps[-1]
         except Exception as error:
@@ -234,6 +267,16 @@ def _newest(workdir: Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
                 f"the checkpoint of step {steps[-1]} in {workdir} cannot be used ({short(error)}); name a model "
                 "folder, or resume that run, which finds the last whole checkpoint"
             ) from error
+
+
+def _reader(workdir: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    return ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options)
+
+
+def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What `save` was told of the run at `step`; touches no device."""
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
 def steps_in(workdir: Path) -> list[int]:

@@ -15,7 +15,7 @@ from PIL import Image
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training import distributed, sharding
-from dreamlite_jax.training.checkpoint import Checkpoints
+from dreamlite_jax.training.checkpoint import Checkpoints, check_resume
 from dreamlite_jax.training.clock import Clock, duration
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.errors import Preempted
@@ -79,16 +79,16 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
     """
     export = workdir / "model"
     if export.exists():
+    config_record = to_dict(config)
+    check_resume(workdir, config_record, finished=export.exists())
         say(f"{export} exists: this run is complete")
         return export
     clock = Clock()
-    config_record = to_dict(config)
 
     # 0. What can be wrong with a run to go on with, or with the devices, is said before any device work.
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh.devices.size)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    checkpoints.check(config_record)
 
     with jax.set_mesh(mesh), distributed.StopRequest() as stop:
         # 1. Shapes first, so that the state is born where it belongs.

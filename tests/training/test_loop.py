@@ -85,6 +85,15 @@ def test_a_finished_run_does_nothing(whole, config, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     assert train.main(["--config", config, "--workdir", str(whole)]) == 0
     assert "this run is complete" in capsys.readouterr().err
+    stage = FlowMatchingStage(load_config(config))
+    for override, says in (
+        ("steps=900", r"config.steps is 900, but the run in .* is complete after 12; use another --workdir"),
+        ("steps=8", r"config.steps is 8, but .* has trained 12 steps"),
+        ("stage=vae", "checkpoints of stage flow_matching, and config.stage is vae"),
+        ("model.unet.ff_mult=2", r"another architecture: model.unet.ff_mult is 3 there and 2 here"),
+    ):
+        with pytest.raises(UserError, match=says):
+            loop.train(load_config(config, [override]), stage, whole)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -95,6 +104,13 @@ def test_a_checkpoint_of_another_architecture_is_refused(whole, root, config):
     with pytest.raises(UserError, match=r"config.steps is 11, but .* has trained 12 steps"):
         train.main(["--config", config, "--workdir", str(workdir), "--config.steps=11"])
     assert saved_steps(workdir) == ["12", "8"] and rows(workdir) == rows(whole)
+
+
+def test_settings_of_sampling_may_change_between_starts(whole, config):
+    other = load_config(config, ["model.guidance_scale=3", "model.image_guidance_scale=2", "model.steps=4"])
+    checkpoint.check_resume(whole, to_dict(other))
+    with pytest.raises(UserError, match=r"another architecture: model.text.max_length is 64 there and 32 here"):
+        checkpoint.check_resume(whole, to_dict(load_config(config, ["model.text.max_length=32"])))
 
 
 def test_what_is_not_finite_stops_the_run_and_spares_the_checkpoint(whole, root, config):

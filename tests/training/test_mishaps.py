@@ -131,8 +131,58 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, whole, run
     if damage is swap_arrays:
         assert "the arrays of" in said and "are not those that were saved" in said
     empty_it(workdir / "checkpoints" / "8")
-    with pytest.raises(UserError, match=r"checkpoints of steps \[8\], and none of them is whole"):
+    for _ in range(2):  # nor does the next start begin anew
+        with pytest.raises(UserError, match=r"no checkpoint that is whole; .*/damaged: step_12, step_8\. Use another"):
+            restore(workdir, shapes)
+    assert not saved_steps(workdir)
+
+
+def nothing_answers(folder: Path) -> str:
+    """Reading raises what a mount does that lost its storage: EIO (this file does at its first byte)."""
+    file = next(path for path in (folder / "meta").rglob("metadata"))
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+    return "Input/output error"
+
+
+def arrays_cannot_be_opened(folder: Path) -> str:
+    """By a loop of links. TensorStore has ValueError for this as for damage."""
+    array = largest_of_arrays(folder)
+    array.unlink()
+    array.symlink_to(array)
+    return "Too many levels of symbolic links"
+
+
+@pytest.mark.parametrize("fault", [nothing_answers, arrays_cannot_be_opened])
+def test_what_storage_is_at_fault_for_sets_no_checkpoint_aside(fault, whole, run_root, shapes):
+    workdir = run_root / fault.__name__
+    shutil.copytree(whole / "checkpoints", workdir / "checkpoints")
+    with pytest.raises((OSError, ValueError), match=fault(workdir / "checkpoints" / "12")):
         restore(workdir, shapes)
+    assert saved_steps(workdir) == ["12", "8"] and not (workdir / "damaged").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "damage"),
+    [
+        (FileNotFoundError(2, "No such file or directory"), True),
+        (ValueError("DATA_LOSS: CRC-32C checksum verification failed"), True),
+        (ValueError("NOT_FOUND: Error reading d/1 [os_error_code='2']"), True),
+        (KeyError("state"), True),
+        (OSError(5, "Input/output error"), False),
+        (TimeoutError("storage"), False),
+        (MemoryError(), False),
+        (ValueError("UNAVAILABLE: storage"), False),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (ValueError("FAILED_PRECONDITION: Error reading d/1: Not connected [os_error_code='107']"), False),
+        (UserError("other arrays"), False),
+    ],
+)
+def test_damage_is_told_from_a_bad_moment(error, damage):
+    assert checkpoint.is_damage(error) == damage
+    wrapped = RuntimeError("while restoring")
+    wrapped.__cause__ = error
+    assert checkpoint.is_damage(wrapped) == damage
 
 
 @pytest.mark.slow
@@ -150,8 +200,7 @@ def test_another_stage_or_another_optimiser_is_not_mistaken_for_damage(run_root,
     workdir = run_root / "another"
     shutil.copytree(whole / "checkpoints", workdir / "checkpoints")
     with pytest.raises(UserError, match=r"checkpoints of stage flow_matching, and config.stage is vae"):
-        checkpoints = checkpoint.Checkpoints(workdir, keep=2)
-        checkpoints.check({**checkpoints.meta(12)["config"], "stage": "vae"})
+        checkpoint.check_resume(workdir, {**checkpoint.saved_config(workdir), "stage": "vae"})
     with pytest.raises(UserError, match=r"whose opt_state has other arrays than this config makes"):
         restore(workdir, shapes.replace(opt_state=shapes.params))
     assert saved_steps(workdir) == ["12", "8"]
