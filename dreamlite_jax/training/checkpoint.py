@@ -176,7 +176,7 @@ class Checkpoints:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether a checkpoint that raised this is at fault: a damaged file can fail in any way but those of the machine."""
+    """Whether a checkpoint that raised this is at fault; a damaged file can fail in any way but those of a machine."""
     if error.__cause__ is not None and not is_damage(error.__cause__):
         return False
     if isinstance(error, OSError):
