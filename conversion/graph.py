@@ -170,6 +170,8 @@ def _vae(component: Component, config: ModelConfig, params: dict[str, Any], size
     h, w = sizes.latent(config)
     image = Port("image", (sizes.batch, sizes.height, sizes.width, 3), "float32", "RGB in [-1, 1]")
     latent = Port("latents", (sizes.batch, h, w, config.vae.latent_channels), "float32", "normalised latents")
+    if component == "vae_decoder":
+        graph_vae.fold_range(params[part])
     params = {part: export_layout(params[part])}
     if component == "vae_encoder":
         return Graph(component, (image,), latent, params, lambda p, x: graph_vae.encode(Node("vae", p), config.vae, x))

@@ -1,7 +1,10 @@
 """The export form of the tiny autoencoder: the same walk as `dreamlite_jax.models.vae`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dreamlite_jax.config import VAEConfig
 
@@ -17,7 +20,7 @@ def encode(node: Node, config: VAEConfig, images: Array) -> Array:
 
 
 def decode(node: Node, config: VAEConfig, latents: Array) -> Array:
-    """Latents (b, h, w, c) to images (b, 8h, 8w, 3), not clipped."""
+    """Latents (b, h, w, c) to images (b, 8h, 8w, 3), not clipped, with parameters after `fold_range`."""
     if config.scaling_factor != 1.0:
         latents = latents / config.scaling_factor
     if config.shift_factor:
@@ -50,7 +53,17 @@ def _decoder(node: Node, config: VAEConfig, latents: Array) -> Array:
             i += 1
         x = conv(node.sub(f"layers_{i}"), x)
         i += 1
-    return x * 2.0 - 1.0
+    return x
+
+
+def fold_range(decoder: dict[str, Any]) -> None:
+    """Puts the way from [0, 1] to [-1, 1] into the last convolution.
+
+    In the graph the converter would move the product onto the weights and leave it to be computed in every call.
+    """
+    name = max(decoder, key=lambda layer: int(layer.removeprefix("layers_")))
+    last = decoder[name]
+    decoder[name] = {"kernel": np.asarray(last["kernel"]) * np.float32(2), "bias": 2 * np.asarray(last["bias"]) - 1}
 
 
 @scoped

@@ -1,13 +1,16 @@
 """The export form against the flax modules: the same weights, the same numbers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from litert_models import random_params, small_config
 
-from conversion import graph, parity
+from conversion import audit, graph, litert, parity
 from conversion.graph import Sizes
+from dreamlite_jax.config import VAEConfig
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models import minilm
 
@@ -100,3 +103,12 @@ def test_text_encoder():
     built = graph.build("text", config, jax.tree.map(np.array, params), SIZES, small)
     found = built.apply(built.params, case.graph["token_ids"], case.graph["text_bias"])
     assert np.abs(np.asarray(wanted - found)).max() <= 2e-5
+
+
+def test_a_wide_decoder_computes_no_weights(tmp_path):
+    """The converter folds only small constants by itself, so a narrow network would not show it."""
+    wide = VAEConfig(width=128, encoder_blocks=(0, 0, 0), decoder_blocks=(0, 0, 0))
+    config = dataclasses.replace(small_config(), vae=wide)
+    built = graph.build("vae_decoder", config, random_params(config, "vae"), Sizes(32, 32, 12))
+    litert.convert(built, tmp_path / "vae_decoder.tflite", {"component": "vae_decoder"})
+    assert audit.audit(tmp_path / "vae_decoder.tflite").faults == ()
