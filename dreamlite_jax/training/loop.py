@@ -78,9 +78,9 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
       Preempted: SIGTERM or a maintenance notice; the state is saved.
     """
     export = workdir / "model"
-    if export.exists():
     config_record = to_dict(config)
     check_resume(workdir, config_record, finished=export.exists())
+    if export.exists():
         say(f"{export} exists: this run is complete")
         return export
     clock = Clock()
