@@ -24,12 +24,13 @@ from dreamlite_jax.assets import vae_path
 from dreamlite_jax.config import TextConfig, from_dict, to_dict
 from dreamlite_jax.data import latents as latent_data
 from dreamlite_jax.data import transforms
-from dreamlite_jax.data.buckets import Size, nearest_bucket
+from dreamlite_jax.data.buckets import Size, check_sizes, nearest_bucket
 from dreamlite_jax.data.forms import request_of
 from dreamlite_jax.data.mixture import refusals, source_sizes
 from dreamlite_jax.data.reading import BadRecords, log_path
 from dreamlite_jax.data.sources import BadRecord, Source, open_source
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.json_files import read_json
 from dreamlite_jax.text.cache import load_remembering
 from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest
 from dreamlite_jax.training.config import PrecomputeConfig, load_config
@@ -112,12 +113,12 @@ def precompute(config: PrecomputeConfig, output: Path, host: int = 0, hosts: int
     if not todo and (output / "info.json").is_file():
         print(f"{output}: complete, {len(source)} records", file=sys.stderr)
         return
+    encoder = Encoder(vae_file, text_encoder(config.text), config.batch_size if several else 0)
+    check_sizes("config.buckets", sizes, encoder.config.downsampling, "the autoencoder")
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "made_of.json", made_of)  # first of all: it says whose folder this is
     bad = BadRecords(log_path(output, host), config.max_bad_fraction, len(source))
     bad.shards(config.source.path, source.missing, source.missing_share)
-    encoder = Encoder(vae_file, text_encoder(config.text), config.batch_size if several else 0)
-    check_sizes(sizes, encoder.config.downsampling)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "made_of.json", made_of)
     work = Work(config, source, sizes, encoder, bad)
     progress = Progress(sum(min(config.shard_size, len(source) - i * config.shard_size) for i in todo), len(source))
     for i in todo:
@@ -144,16 +145,6 @@ def text_encoder(config: TextConfig) -> PromptEncoder:
     from dreamlite_jax.training.config import MeshConfig
 
     return load_remembering(config, mesh=sharding.make_mesh(MeshConfig(), jax.local_devices()))
-
-
-def check_sizes(sizes: Sequence[Size], downsampling: int) -> None:
-    """Raises `UserError` unless the autoencoder takes every bucket."""
-    for size in sizes:
-        if any(side % downsampling for side in size):
-            raise UserError(
-                f"config.buckets gives pictures of {size[0]}x{size[1]}; the autoencoder needs multiples of "
-                f"{downsampling} pixels: set config.buckets.multiple"
-            )
 
 
 def shard_is_done(output: Path, index: int, count: int, several: bool) -> bool:
@@ -296,12 +287,17 @@ def refuse_other(output: Path, made_of: dict[str, Any]) -> None:
     path = output / "made_of.json"
     if not path.is_file():
         return
-    found = json.loads(path.read_text())
-    known = to_dict(from_dict(PrecomputeConfig, found["config"], f"{path}: config"))  # with fields that are newer
-    if found | {"config": known} != json.loads(json.dumps(made_of)):
+    found = read_json(path)
+    known = to_dict(from_dict(PrecomputeConfig, found.get("config", {}), f"{path}: config"))  # of an older version too
+    if found | {"config": known | own_ways(made_of["config"])} != json.loads(json.dumps(made_of)):
         raise UserError(
             f"--output {output} was made with other settings (see {path}); choose another folder or remove it"
         )
+
+
+def own_ways(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config may change between starts: the data are the same for it."""
+    return {name: config[name] for name in ("threads", "max_bad_fraction")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

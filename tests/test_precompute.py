@@ -243,6 +243,32 @@ def test_latents_of_many_shapes_are_read_in_batches_of_one(shapes):
     assert all(np.array_equal(value, expected[key]) for key, value in next(again).items())
 
 
+def test_what_it_began_it_goes_on_with(shapes, tmp_path):
+    """A quarter of the shards is missing: allowed that much, and with other threads, the same folder is made."""
+    rows = [{"image": raw_sets.plain(i), "caption": f"number {i}"} for i in range(8)]
+    raw_sets.write_shards(tmp_path / "raw", rows, shards=4)[1].unlink()
+    output = tmp_path / "latents"
+
+    def make(*more):
+        source = {"kind": "array_record", "path": tmp_path / "raw", "name": "set"}
+        overrides = (f"--config.source.{key}={value}" for key, value in source.items())
+        return encode_shapes(shapes, output, "--config.buckets.max_ratio=1", *overrides, *more)
+
+    with pytest.raises(UserError, match=r"1 shard\(s\) are missing .* more than max_bad_fraction 0.1 allows"):
+        make()
+    assert {path.name for path in output.iterdir()} == {"made_of.json", "bad_records"}
+    with pytest.raises(UserError, match="made with other settings"):
+        make("--config.max_bad_fraction=0.5", "--config.batch_size=4")
+    make("--config.max_bad_fraction=0.5", "--config.threads=1")
+    assert [example.text for example in examples(output)] == [f"number {i}" for i in (0, 1, 4, 5, 6, 7)]
+    (output / "made_of.json").write_text('{"config": ')
+    with pytest.raises(UserError, match=r"made_of.json is not JSON"):
+        make()
+    (output / "info.json").write_text("")
+    with pytest.raises(UserError, match=r"info.json is not JSON"):
+        latents.read_info(output)
+
+
 def test_sizes_that_the_autoencoder_cannot_take_are_refused(shapes, tmp_path):
     with pytest.raises(UserError, match=r"gives pictures of .*; the autoencoder needs multiples of 4 pixels"):
         encode_shapes(shapes, tmp_path / "x", "--config.buckets.size=15", "--config.buckets.multiple=5")

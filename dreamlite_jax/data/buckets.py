@@ -14,7 +14,7 @@ All of this is arithmetic on numbers that every host has: it does not depend on 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -40,6 +40,16 @@ def bucket_sizes(config: BucketConfig) -> tuple[Size, ...]:
         if max(width, height) <= config.max_ratio * min(width, height):
             found |= {(width, height), (height, width)}
     return tuple(sorted(found, key=lambda size: (-size[0] / size[1], size)))
+
+
+def check_sizes(where: str, sizes: Iterable[Size], multiple: int, network: str) -> None:
+    """Raises `UserError` unless every side is a multiple; `where` gives these sizes, and `network` needs that."""
+    for width, height in sizes:
+        if width % multiple or height % multiple:
+            raise UserError(
+                f"{where} gives pictures of {width}x{height}; {network} needs multiples of {multiple} pixels: set "
+                "buckets.multiple to one of them"
+            )
 
 
 def nearest_bucket(sizes: Sequence[Size], pictures: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from dreamlite_jax.data.buckets import Size
 from dreamlite_jax.data.reading import BadRecords
 from dreamlite_jax.data.sources import BadRecord
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.json_files import read_json
 from dreamlite_jax.training.config import SourceConfig
 
 FORMAT = 1
@@ -112,7 +113,7 @@ def read_info(directory: str | os.PathLike) -> dict[str, Any]:
             f"{directory} holds no complete set of latents (no info.json); "
             "make one with python -m dreamlite_jax.precompute"
         )
-    info = json.loads(path.read_text())
+    info = read_json(path)
     if info.get("format") != FORMAT:
         raise UserError(f"{path} has format {info.get('format')}; this version reads {FORMAT}: precompute again")
     missing = [p.name for p in shards(directory, info) if not p.is_file()]

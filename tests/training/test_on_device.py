@@ -1,5 +1,6 @@
 """Training from raw pictures: what the device encodes is what `precompute` writes, and a run works from end to end."""
 
+import contextlib
 import json
 
 import jax
@@ -106,6 +107,32 @@ def test_sources_that_do_not_suit_are_refused(root):
         stage(root, sources=[{"path": str(root / "raw")}]).dataset()
     with pytest.raises(UserError, match=r"config.data.encode is 'on_device'; stage refl needs 'precomputed'"):
         from_dict(TrainConfig, mapping(root) | {"stage": "refl"}, "config")
+
+
+def test_sizes_that_the_network_cannot_take_are_refused_before_anything_runs(root):
+    """A side of a latent pixel is 4 px; four levels need latents whose sides are multiples of 8."""
+    odd = {"size": 16, "multiple": 2, "max_ratio": 2.0}
+    with pytest.raises(UserError, match=r"config.data.buckets gives pictures of 22x12; the U-Net needs multiples of 4"):
+        stage(root, buckets=odd)
+    for buckets, refused in ((odd, True), (BUCKETS, False)):
+        config = from_dict(TrainConfig, mapping(root, buckets=buckets) | {"stage": "vae"}, "config")
+        with pytest.raises(UserError, match="the autoencoder needs") if refused else contextlib.nullcontext():
+            VAEStage(config)
+
+    tiny.write_latents(root / "squares", "generate", 4)
+    data = {"encode": "precomputed", "sources": [{"path": str(root / "squares")}]}
+    deeper = mapping(root, **data)
+    levels = {"block_out_channels": (8,) * 4, "num_heads": (2,) * 4, "transformer_layers": (1,) * 4}
+    levels |= {"down_blocks": ("plain",) * 4, "up_blocks": ("plain",) * 4}
+    deeper["model"] = {**deeper["model"], "unet": {**deeper["model"]["unet"], **levels}}
+    with pytest.raises(UserError, match=r"squares gives pictures of 16x16; the U-Net needs multiples of 32 pixels"):
+        FlowMatchingStage(from_dict(TrainConfig, deeper, "config"))
+    stage(root, **data)
+    info = latents.read_info(root / "squares") | {"buckets": [[16, 16], [22, 12]]}
+    (root / "squares" / "info.json").write_text(json.dumps(info))
+    np.save(root / "squares" / latents.BUCKETS, np.zeros(4, np.uint16))
+    with pytest.raises(UserError, match=r"squares gives pictures of 22x12; the U-Net needs multiples of 4 pixels"):
+        stage(root, **data)
 
 
 def test_the_autoencoder_learns_from_any_pictures(root):

@@ -15,9 +15,11 @@ from dreamlite_jax.assets import vae_path
 from dreamlite_jax.config import ModelConfig, VAEConfig, from_dict, to_dict
 from dreamlite_jax.data import latents as latent_data
 from dreamlite_jax.data import transforms
+from dreamlite_jax.data.buckets import check_sizes
 from dreamlite_jax.data.forms import Pairs
-from dreamlite_jax.data.mixture import first_items, raw_batches
+from dreamlite_jax.data.mixture import first_items, raw_batches, source_sizes
 from dreamlite_jax.data.reading import log_path
+from dreamlite_jax.data.sources import open_source
 from dreamlite_jax.diffusion import flow, guidance, panels, sampler
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import MANIFEST, find_model, load_config, load_params, load_vae, save_model
@@ -83,11 +85,16 @@ class LatentStage:
         for source, info in zip((*data.sources, *data.validation), infos, strict=True):
             if info["vae"] != to_dict(vae_config):
                 raise UserError(f"{source.path} holds latents of another autoencoder than config.vae; precompute again")
+            sizes = latent_data.LatentReader([source], data.text_length).sizes
+            check_sizes(source.path, sizes, config.model.size_multiple, "the U-Net")
         return self.checked(Facts(vae_config, vae_params, np.asarray(infos[0]["null_states"], np.float32)))
 
     def facts_of_raw(self) -> Facts:
         """As `facts`, where the stage encodes pictures and words itself; loads the text encoder."""
-        config = self.config
+        config, data = self.config, self.config.data
+        for source in (*data.sources, *data.validation):
+            sizes = source_sizes(data.buckets, [] if data.buckets.size else [open_source(source)])
+            check_sizes("config.data.buckets", sizes, config.model.size_multiple, "the U-Net")
         vae_config, vae_params = load_vae(vae_path(config.vae))
         here = jax.local_devices()  # every process encodes its own part of a batch
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=len(here)), here)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dreamlite_jax import pictures
+from dreamlite_jax.data.buckets import bucket_sizes, check_sizes
 from dreamlite_jax.data.forms import Images
 from dreamlite_jax.data.mixture import HostShare, check_hosts, first_items, raw_batches
 from dreamlite_jax.data.reading import log_path
@@ -29,6 +30,9 @@ class VAEStage(OneLoss):
     def __init__(self, config: TrainConfig):
         self.config = config
         self.model = VAE(config.model.vae)
+        if config.data.buckets.size:
+            sizes, multiple = bucket_sizes(config.data.buckets), config.model.vae.downsampling
+            check_sizes("config.data.buckets", sizes, multiple, "the autoencoder")
 
     def init_params(self, key: jax.Array) -> Any:
         size = 8 * self.config.model.vae.downsampling
