@@ -49,7 +49,7 @@ def get_config(argument: str = "t2i_256") -> ConfigDict:
     pixels, tasks, before, steps, batch_size, accumulate, learning_rate = STAGES[stage]
     c = ConfigDict()
     c.stage = "flow_matching"
-    c.model = model()
+    c.model = model(root)
     sources = [f"{root}/latents/{task}_{pixels}" for task in tasks]
     c.data = ConfigDict(
         {
@@ -89,6 +89,6 @@ def get_config(argument: str = "t2i_256") -> ConfigDict:
     return c
 
 
-def model() -> ConfigDict:
-    """The released network (all defaults), its autoencoder, and Qwen3-VL-2B for the text."""
-    return ConfigDict({"text": {"encoder": "qwen3_vl", "source": ".", "max_length": 384}})
+def model(root: str) -> ConfigDict:
+    """The released network (all defaults), its autoencoder, and Qwen3-VL-2B of ROOT/released for the text."""
+    return ConfigDict({"text": {"encoder": "qwen3_vl", "source": f"{root}/released", "max_length": 384}})

@@ -4,7 +4,8 @@
     python -m dreamlite_jax.train --config configs/dreamlite_post.py:dmd2 --workdir /gcs/runs/dmd2
 
 ROOT is that of configs/dreamlite.py; ReFL also reads ROOT/rewards: hpsv3/ and editreward/ (the released checkpoints),
-qwen2_vl_7b/ and qwen2_5_vl_7b/ (the folders of their base models).
+qwen2_vl_7b/ and qwen2_5_vl_7b/ (the folders of their base models). Its latents are squares alone (t2i_512_square and
+edit_512_square of configs/dreamlite_latents.py): a judge is set up for pictures of one size.
 
 | stage | pixels | starts from | steps  | batch |
 |-------|--------|-------------|--------|-------|
@@ -28,10 +29,10 @@ from ml_collections import ConfigDict
 
 from dreamlite_jax.training.config import read_config_file
 
-# Pixels, stage before, steps, batch, learning rate.
+# Pixels, what follows them in the names of latents, widest sides, stage before, steps, batch, learning rate.
 STAGES = {
-    "refl": (512, "sft", 2_000, 128, 1e-5),
-    "dmd2": (1024, "refl", 10_000, 128, 5e-7),
+    "refl": (512, "_square", 1.0, "sft", 2_000, 128, 1e-5),
+    "dmd2": (1024, "", 2.0, "refl", 10_000, 128, 5e-7),
 }
 
 
@@ -41,22 +42,22 @@ def get_config(argument: str = "refl") -> ConfigDict:
     root = root or "/gcs"
     if stage not in STAGES:
         raise KeyError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
-    pixels, before, steps, batch_size, learning_rate = STAGES[stage]
+    pixels, shape, max_ratio, before, steps, batch_size, learning_rate = STAGES[stage]
     c = ConfigDict(read_config_file(f"{Path(__file__).with_name('dreamlite.py')}:joint,{root}"))
     c.stage = stage
     c.init_from = f"{root}/runs/{before}"
     c.steps = steps
     c.accumulate = 1
     c.data.batch_size = batch_size
-    sources = [f"{root}/latents/{task}_{pixels}" for task in ("t2i", "edit")]
+    sources = [f"{root}/latents/{task}_{pixels}{shape}" for task in ("t2i", "edit")]
     c.data.sources = tuple({"path": path, "weight": 1.0} for path in sources)
     c.data.validation = tuple({"path": f"{path}_validation"} for path in sources)
-    c.data.buckets = ConfigDict({"size": pixels, "multiple": pixels // 8, "max_ratio": 2.0})
+    c.data.buckets = ConfigDict({"size": pixels, "multiple": pixels // 8, "max_ratio": max_ratio})
     c.optim.update({"learning_rate": learning_rate, "warmup_steps": 100, "decay": "constant", "ema_decay": 0.999})
     c.checkpoint_every = 250
     c.grid_every = 500
     if stage == "refl":
-        c.refl = refl(f"{root}/rewards")
+        c.refl = refl(f"{root}/rewards", pixels)
     else:
         c.optim.update({"b2": 0.999, "clip_norm": 10.0})
         c.dmd = dmd()
@@ -64,7 +65,7 @@ def get_config(argument: str = "refl") -> ConfigDict:
     return c
 
 
-def refl(rewards: str) -> ConfigDict:
+def refl(rewards: str, pixels: int) -> ConfigDict:
     return ConfigDict(
         {
             "rewards": (
@@ -73,6 +74,7 @@ def refl(rewards: str) -> ConfigDict:
                     "checkpoint": f"{rewards}/hpsv3",
                     "base": f"{rewards}/qwen2_vl_7b",
                     "backbone": "qwen2_vl_7b",
+                    "size_px": (pixels, pixels),
                     "threshold": 11.0,
                     "tasks": ("generate",),
                 },
@@ -81,6 +83,7 @@ def refl(rewards: str) -> ConfigDict:
                     "checkpoint": f"{rewards}/editreward",
                     "base": f"{rewards}/qwen2_5_vl_7b",
                     "backbone": "qwen2_5_vl_7b",
+                    "size_px": (pixels, pixels),
                     "threshold": 2.5,
                     "tasks": ("edit",),
                 },

@@ -1,6 +1,7 @@
-"""JSON files that describe models."""
+"""JSON files that describe models and measurements."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,3 +19,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}; it must be an object")
     return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON in two-space lines, making the folder; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

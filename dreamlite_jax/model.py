@@ -188,7 +188,7 @@ class Model:
         source = np.zeros_like(noise)
         if images is not None:
             source = self.encode_images(np.stack([pictures.fit(image, width, height) for image in images]))
-        return sampler.condition(plan, parts[0], parts[-1], jnp.asarray(source), parts[-1])
+        return sampler.condition(plan, parts[0], parts[-1], jnp.asarray(source))
 
     def _apply_unet(self, params, *inputs):
         return self._unet.apply({"params": params}, *inputs)

@@ -125,8 +125,14 @@ def save_vae(
 
 
 def load_vae(path: str | Path, *, dtype: Any = np.float32) -> tuple[VAEConfig, dict[str, Any]]:
-    """Config and parameters of a file that `save_vae` wrote. Raises `UserError` when it is not one or is damaged."""
+    """Config and parameters of a file that `save_vae` wrote, or of a model folder's own `vae.safetensors`.
+
+    Raises:
+      UserError: the file is neither, or is damaged.
+    """
     path = Path(path)
+    if path.name == weight_file("vae") and (path.parent / MANIFEST).is_file():
+        return load_config(path.parent).vae, load_params(path.parent, "vae", dtype=dtype)
     config = from_dict(VAEConfig, vae_manifest(path)["config"], f"{path}: config")
     return config, read_params(path, expected_shapes("vae", config), dtype)
 

@@ -32,7 +32,7 @@ from dreamlite_jax.data.sources import BadRecord, Source, open_source
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import read_json
 from dreamlite_jax.text.cache import load_remembering
-from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest
+from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest, null_tails
 from dreamlite_jax.training.config import PrecomputeConfig, load_config
 
 T = TypeVar("T")
@@ -81,6 +81,7 @@ class Encoder:
             sources = dict(zip(editing, given, strict=True))
         states = self.text.encode([request_of(item) for item in items])
         lengths = states.mask.sum(1).astype(int)
+        nulls = null_tails(self.text, [request_of(item) for item in items]) if self.text.null_tail else None
         return [
             latent_data.Example(
                 id=item.id,
@@ -91,6 +92,8 @@ class Encoder:
                 changed=latent_data.pool(item.changed, self.config.downsampling) if i in sources else None,
                 states=states.states[i, : lengths[i]],
                 size=(item.target.shape[1], item.target.shape[0]),
+                null_tail=nulls.states[i] if nulls and i in sources else None,
+                null_from=int(nulls.start[i]) if nulls else -1,
             )
             for i, item in enumerate(items)
         ]
@@ -127,7 +130,9 @@ def precompute(config: PrecomputeConfig, output: Path, host: int = 0, hosts: int
         latent_data.write_shard(path, work.examples(chunk, progress, buckets_path(path) if several else None))
     if all(shard_is_done(output, i, count, several) for i in range(count)):
         null = encoder.text.encode([PromptRequest("null", "")])
-        info = {"shards": count, **made_of, "vae": to_dict(encoder.config)}
+        info = {
+            "shards": count, **made_of, "vae": to_dict(encoder.config), "null_tail": encoder.text.null_tail
+        }  # fmt: skip
         if several:
             tables = [np.load(buckets_path(latent_data.shard_path(output, i, count))) for i in range(count)]
             write_array(output / latent_data.BUCKETS, np.concatenate(tables))

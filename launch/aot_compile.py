@@ -2,10 +2,11 @@
 
     python launch/aot_compile.py --config configs/dreamlite.py:t2i_256 --topology v5e:4x4 [--slices 2] [--largest_batch]
 
-Needs the package libtpu (extras [tpu] and [test]), no TPU and no data. Topologies: v5e:2x2, 4x4, 8x8, 16x16, those of
-v6e, v5p:2x2x4, 4x4x4, 4x8x8; --slices joins several by the data centre's network. `--config.FIELD=VALUE` overrides as
-in training. Prints memory a chip and the collectives of the compiled program. Both are the TPU compiler's own; times
-and FLOPs are not to be had here. A full-size step takes 3 to 8 minutes of two idle cores, and 6 GB.
+Needs the package libtpu (extras [tpu] and [test]); no TPU, data, models to start from or reward models. Topologies:
+v5e:2x2, 4x4, 8x8, 16x16, those of v6e, v5p:2x2x4, 4x4x4, 4x8x8; --slices joins several by the data centre's network.
+`--config.FIELD=VALUE` overrides as in training. Prints memory a chip and the collectives of the compiled program. Both
+are the TPU compiler's own; times and FLOPs are not to be had here. A full-size step takes 3 to 8 minutes of two idle
+cores, and 6 GB.
 
 Exit codes: 0 it fits; 1 it does not, or it moves activations between chips (all-to-all); 2 bad arguments.
 """
@@ -25,7 +26,7 @@ from pathlib import Path
 from dreamlite_jax import cli
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import TrainConfig, load_config
+from dreamlite_jax.training.config import ACCUMULATING, TrainConfig, load_config
 
 OVERRIDE = "--config."
 GIB = 2**30
@@ -164,7 +165,7 @@ def compile_step(config: TrainConfig, devices: list, size: tuple[int, int], dump
         put = sharding.batch_sharding(mesh)
         batch = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put)
-            for name, x in abstract_batch(config, *size).items()
+            for name, x in abstract_batch(stage, *size).items()
         }
         # As the loop compiles it.
         jitted = jax.jit(stage.step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh)))
@@ -258,7 +259,8 @@ def describe(config: TrainConfig, args: argparse.Namespace, report: Report) -> l
         lines.append(f"collectives: {sums or 'none'}")
     if stray := report.collectives.get("all-to-all"):
         lines.append(f"{stray[0]} all-to-all: activations move between chips, so a sharding is not pinned")
-    lines.append("it fits" if report.fits else "it does not fit: raise config.accumulate or mesh.fsdp, or set remat")
+    ways = "mesh.fsdp or the number of chips" + (" or config.accumulate" if config.stage in ACCUMULATING else "")
+    lines.append("it fits" if report.fits else f"it does not fit: raise {ways}, or set remat")
     return lines
 
 

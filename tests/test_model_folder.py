@@ -200,9 +200,15 @@ def test_an_autoencoder_alone_is_one_file(tmp_path, dtype):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_the_autoencoder_of_a_model_folder(folder):
+    config, params = model_folder.load_vae(folder / "vae.safetensors")
+    assert config == VAE
+    assert_equal(params, PARAMS["vae"])
+
+
 def test_a_file_that_is_no_autoencoder(folder, tmp_path):
     with pytest.raises(UserError, match="no dreamlite_vae"):
-        model_folder.load_vae(folder / "vae.safetensors")
+        model_folder.load_vae(folder / "unet.safetensors")
     with pytest.raises(UserError, match="does not exist"):
         model_folder.load_vae(tmp_path / "vae.safetensors")
     wide = dataclasses.replace(VAE, width=16)

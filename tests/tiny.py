@@ -130,6 +130,7 @@ class WordEncoder:
 
     hidden_dim = TEXT_DIM
     buckets = (16, 64)
+    null_tail = 0
 
     def encode(self, requests: Sequence[PromptRequest], length: int | None = None) -> PromptStates:
         rows = [np.stack([self.state(word) for word in ["", *request.user_text.split()]]) for request in requests]

@@ -81,13 +81,20 @@ class Latents:
     """Collated examples of latents of several sizes.
 
     Args:
-      shapes: (h, w, c) of each bucket. width: of a text state. extra: further fields of a row, for their shapes.
+      shapes: (h, w, c) of each bucket. width: of a text state. null_tail: see `latents.collate`.
+      extra: further fields of a row, for their shapes.
     """
 
     def __init__(
-        self, shapes: Sequence[tuple[int, int, int]], text_length: int, width: int, extra: Batch | None = None
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        text_length: int,
+        width: int,
+        null_tail: int = 0,
+        extra: Batch | None = None,
     ):
-        self.shapes, self.text_length, self.width, self.extra = shapes, text_length, width, extra or {}
+        self.shapes, self.text_length, self.width = shapes, text_length, width
+        self.null_tail, self.extra = null_tail, extra or {}
 
     def empty(self, bucket: int, rows: int) -> Batch:
         h, w, c = self.shapes[bucket]
@@ -100,6 +107,8 @@ class Latents:
             "editing": (),
             "size": (2,),
         }
+        if self.null_tail:
+            shapes |= {"null_tail": (self.null_tail, self.width), "null_from": ()}
         extra = {name: np.empty((rows, *value.shape), value.dtype) for name, value in self.extra.items()}
         return {name: np.empty((rows, *shape), np.float32) for name, shape in shapes.items()} | extra
 

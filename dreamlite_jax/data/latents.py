@@ -38,6 +38,8 @@ class Example:
       target: (h, w, c) latents. source: the same of an edit's source, else None.
       changed: (h, w) share of each latent pixel's area that the edit changes, else None.
       states: (s, d) text states without padding. size: (width, height) of the target in pixels.
+      null_tail: (t, d) last states of the null prompt, else None; they follow the first `null_from` of `states`
+        (`text.encoder.PromptEncoder.null_tail`).
     """
 
     id: str
@@ -48,12 +50,17 @@ class Example:
     changed: np.ndarray | None
     states: np.ndarray
     size: tuple[int, int]
+    null_tail: np.ndarray | None = None
+    null_from: int = -1
+
+
+ARRAYS = ("target", "source", "changed", "states", "null_tail")
 
 
 def pack(example: Example) -> bytes:
     """Record of an example; arrays as float16 with their shapes."""
     fields = dataclasses.asdict(example)
-    for name in ("target", "source", "changed", "states"):
+    for name in ARRAYS:
         array = fields[name]
         fields[name] = None if array is None else [list(array.shape), np.asarray(array, np.float16).tobytes()]
     return msgpack.packb(fields)
@@ -62,7 +69,7 @@ def pack(example: Example) -> bytes:
 def unpack(record: bytes) -> Example:
     """The example of a record, arrays in float32."""
     fields = msgpack.unpackb(record)
-    for name in ("target", "source", "changed", "states"):
+    for name in ARRAYS:
         if fields[name] is not None:
             shape, data = fields[name]
             fields[name] = np.frombuffer(data, np.float16).reshape(shape).astype(np.float32)
@@ -132,8 +139,10 @@ def open_examples(directory: str | os.PathLike) -> Sequence[bytes]:
     return grain.sources.ArrayRecordDataSource([str(path) for path in shards(directory, info)])
 
 
-def collate(example: Example, text_length: int) -> dict[str, np.ndarray]:
+def collate(example: Example, text_length: int, null_tail: int = 0) -> dict[str, np.ndarray]:
     """Fixed shapes of one example: target, source (zeros when generating), weight, text, mask, editing, size.
+
+    With `null_tail`, the number of own states of null prompts, null_tail and null_from too (`NullTails`).
 
     `weight` is the edit loss of the spec's section 6, stage 2: log2(x) + 1 where the edit changes the picture, x being
     the ratio of the whole area to the changed one, and 1 elsewhere.
@@ -147,6 +156,11 @@ def collate(example: Example, text_length: int) -> dict[str, np.ndarray]:
     text[:tokens] = example.states
     changed = np.zeros(example.target.shape[:2]) if example.changed is None else example.changed
     weight = region_weight(changed)
+    null = {}
+    if null_tail:
+        own = example.null_tail is not None
+        states = example.null_tail if own else np.zeros((null_tail, width), np.float32)
+        null = {"null_tail": states, "null_from": np.float32(example.null_from if own else -1)}
     return {
         "target": example.target,
         "source": np.zeros_like(example.target) if example.source is None else example.source,
@@ -155,6 +169,7 @@ def collate(example: Example, text_length: int) -> dict[str, np.ndarray]:
         "mask": (np.arange(text_length) < tokens).astype(np.float32),
         "editing": np.float32(example.source is not None),
         "size": np.asarray(example.size, np.float32),
+        **null,
     }
 
 
@@ -210,6 +225,7 @@ class LatentReader:
     def __init__(self, configs: Sequence[SourceConfig], text_length: int, extend: Extend = no_fields):
         self.configs, self.text_length, self.extend = tuple(configs), text_length, extend
         self.infos = [read_info(config.path) for config in configs]
+        self.null_tail = max(info.get("null_tail", 0) for info in self.infos)
         self._open()
         self.lengths = tuple(len(records) for records in self._records)
         own = [self._own_sizes(i) for i in range(len(self.configs))]
@@ -251,7 +267,7 @@ class LatentReader:
         del bucket  # latents have the size they were made with
         example = self._example(source, index)
         try:
-            return collate(example, self.text_length) | self.extend(example.text)
+            return collate(example, self.text_length, self.null_tail) | self.extend(example.text)
         except UserError as error:
             raise BadRecord(str(error)) from None
 
@@ -312,8 +328,8 @@ def mixture(
         factor = 2 ** (len(vae["encoder_blocks"]) - 1)
         shapes = [(height // factor, width_ // factor, vae["latent_channels"]) for width_, height in reader.sizes]
         return Batches(
-            reader, Latents(shapes, text_length, width, extend("")), weights=weights, batch_size=batch_size, seed=seed,
-            bad=bad, threads=threads, host=host, hosts=hosts,
+            reader, Latents(shapes, text_length, width, reader.null_tail, extend("")), weights=weights,
+            batch_size=batch_size, seed=seed, bad=bad, threads=threads, host=host, hosts=hosts,
         )  # fmt: skip
     streams = [
         grain.MapDataset.source(_Rows(reader, i, bad)).seed(seed + i).shuffle().repeat() for i in range(len(sources))

@@ -24,7 +24,7 @@ from dreamlite_jax.data.sources import BadRecord, Source, open_source
 from dreamlite_jax.data.transforms import Item, picture_size
 from dreamlite_jax.data.transforms import item as transform
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest, PromptStates
+from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest, null_tails
 from dreamlite_jax.training.config import BucketConfig, DataConfig, SourceConfig
 
 LOOKED_AT = 1000  # records, to find some that are alike
@@ -191,8 +191,7 @@ class BatchIterator(grain.DatasetIterator):
             for record, reason in sample.bad:
                 batches.bad.add(self._source_name(source), record, reason)
         if batches.encoder is not None:
-            states = self._encode(pending, loaded)
-            pending.batch["text"], pending.batch["mask"] = states.states, states.mask
+            pending.batch |= self._encode(pending, loaded)
         self._state = pending.state
         return pending.batch
 
@@ -203,14 +202,14 @@ class BatchIterator(grain.DatasetIterator):
         config = self._batches.reader.configs[source]
         return f"{config.path} {config.name}".strip()
 
-    def _encode(self, pending: "_Pending", loaded: list[Loaded]) -> PromptStates:
-        """States of the batch's prompts. A prompt that the encoder refuses makes its record a bad one."""
+    def _encode(self, pending: "_Pending", loaded: list[Loaded]) -> Batch:
+        """Fields of the batch's prompts. A prompt that the encoder refuses makes its record a bad one."""
         batches = self._batches
         refused: dict[int, list[int]] = {}
         while True:
             requests = [batches.form.request(sample.item) for sample in loaded]
             try:
-                return batches.encoder.encode(requests, batches.text_length)
+                return text_fields(batches.encoder, requests, batches.text_length)
             except UserError:
                 if not (bad := refusals(batches.encoder, requests, batches.text_length)):
                     raise
@@ -236,6 +235,15 @@ class BatchIterator(grain.DatasetIterator):
         self._reading.clear()
         self._finalizer()
         super().close()
+
+
+def text_fields(encoder: PromptEncoder, requests: Sequence[PromptRequest], length: int) -> Batch:
+    """text (b, s, d), mask (b, s); null_tail (b, t, d) and null_from (b,) too where the encoder looks at pictures."""
+    states, mask = encoder.encode(requests, length)
+    null = {}
+    if encoder.null_tail:
+        null = dict(zip(("null_tail", "null_from"), null_tails(encoder, requests), strict=True))
+    return {"text": states, "mask": mask, **null}
 
 
 def refusals(

@@ -33,15 +33,14 @@ def condition(
     prompt: TextStatesMask,
     null: TextStatesMask,
     source: Latent,
-    null_with_image: TextStatesMask | None = None,
 ) -> Conditioning:
     """Conditioning of a plan.
 
     Args:
-      null: the empty prompt; `null_with_image` the same as an encoder that sees pictures encodes it beside the source.
+      null: the empty prompt, which an encoder that sees pictures reads beside the source when editing.
       source: the source's latents when editing, zeros when generating.
     """
-    seen = [prompt if branch.text else (null_with_image or null) if branch.image else null for branch in plan]
+    seen = [prompt if branch.text else null for branch in plan]
     images = [source if branch.image else panels.blank_like(source) for branch in plan]
     return Conditioning(
         jnp.stack([jnp.broadcast_to(text.states, prompt.states.shape) for text in seen]),

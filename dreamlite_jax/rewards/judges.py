@@ -10,11 +10,13 @@ import numpy as np
 
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.qwen_vl import rope
+from dreamlite_jax.models.qwen_vl.model import STACKED
 from dreamlite_jax.rewards import prompts
 from dreamlite_jax.rewards.base import Context
 from dreamlite_jax.rewards.images import CLIP_448, NATIVE, PictureRule
 from dreamlite_jax.rewards.network import RewardNetwork
 from dreamlite_jax.text.tokenizers import open_tokenizer
+from dreamlite_jax.training import sharding
 from dreamlite_jax.types import Image, PerSample
 
 IMAGE_MARK = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
@@ -98,7 +100,8 @@ class Judge:
     """A released judge; a `Reward` whose score is the mean over its heads of each one's first output.
 
     Args:
-      network, params: from `load.load_judge`.
+      network, params: from `load.load_judge`. On a mesh (`jax.set_mesh`) activations stay with their pictures, and
+        parameters that are split over fsdp are gathered when they are used, those of a stack layer by layer.
       form: how it was trained.
       tokenizer: None makes a judge that can be compiled but not asked: `prepare` takes no prompts then.
       height, width: of the pictures that it will be shown, pixels.
@@ -166,4 +169,14 @@ class Judge:
         patches = [self.form.rule.patches(picture, self.network.config.vision) for picture in pictures]
         tokens = context.tokens
         inputs = (tokens["ids"], tokens["mask"], tokens["positions"], patches)
-        return self.network.apply({"params": jax.lax.stop_gradient(params)}, *inputs, self.grid)
+        network = self.network.clone(sharding=sharding.activations())
+        return network.apply({"params": gathered_but_stacks(jax.lax.stop_gradient(params))}, *inputs, self.grid)
+
+
+def gathered_but_stacks(params: Any) -> Any:
+    """Parameters whole on every device, but for those that a scan takes layer by layer."""
+
+    def whole(path: tuple, x: Any) -> Any:
+        return x if any(key.key in STACKED for key in path) else sharding.gathered(x)
+
+    return jax.tree_util.tree_map_with_path(whole, params)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dreamlite_jax.assets import vae_path
 from dreamlite_jax.errors import UserError
@@ -47,7 +46,7 @@ def load_reward(config: RewardConfig, mesh: Mesh | None = None, *, abstract: boo
     """One reward; raises `UserError` where a file is missing or does not belong to the model."""
     if config.kind == "target":
         return TargetReward.from_vae(vae_path(config.checkpoint))
-    return abstract_judge(config, mesh) if abstract else load_judge(config, mesh)
+    return abstract_judge(config) if abstract else load_judge(config, mesh)
 
 
 def load_judge(config: RewardConfig, mesh: Mesh | None = None) -> Judge:
@@ -72,7 +71,7 @@ def load_judge(config: RewardConfig, mesh: Mesh | None = None) -> Judge:
     if family != FAMILIES[config.backbone]:
         raise UserError(f"{base / 'config.json'}: model_type is {family!r}; backbone {config.backbone!r} has another")
     text = dataclasses.replace(architecture.text, vocab_size=tokenizer.size)
-    network = judge_network(config, dataclasses.replace(architecture, text=text), mesh)
+    network = judge_network(config, dataclasses.replace(architecture, text=text))
     shapes = abstract_params(network)
     placement = None if mesh is None else param_shardings(shapes, mesh)
     params = load_params(weights(checkpoint), shapes, network.config, placement, head_names(network.heads))
@@ -98,23 +97,15 @@ def weights(checkpoint: Path) -> Path:
     return files[0] if len(files) == 1 else checkpoint
 
 
-def abstract_judge(config: RewardConfig, mesh: Mesh | None = None) -> Judge:
-    """A judge with shapes for parameters, sharded as they would be."""
-    network = judge_network(config, BACKBONES[config.backbone], mesh)
-    params = abstract_params(network)
-    if mesh is not None:
-        params = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            params,
-            param_shardings(params, mesh),
-        )
-    return judge(config, network, params, None)
+def abstract_judge(config: RewardConfig) -> Judge:
+    """A judge with shapes for parameters, those of its released base model."""
+    network = judge_network(config, BACKBONES[config.backbone])
+    return judge(config, network, abstract_params(network), None)
 
 
-def judge_network(config: RewardConfig, architecture: QwenVLConfig, mesh: Mesh | None) -> RewardNetwork:
+def judge_network(config: RewardConfig, architecture: QwenVLConfig) -> RewardNetwork:
     dtype = jnp.dtype(config.dtype)
-    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    return RewardNetwork(architecture, dtype, dtype, remat=True, sharding=sharding, heads=len(form_of(config).texts))
+    return RewardNetwork(architecture, dtype, dtype, remat=True, heads=len(form_of(config).texts))
 
 
 def judge(config: RewardConfig, network: RewardNetwork, params: Any, tokenizer: JudgeTokenizer | None) -> Judge:

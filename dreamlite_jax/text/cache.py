@@ -56,6 +56,7 @@ class CachedEncoder:
         self.encoder = encoder
         self.hidden_dim = encoder.hidden_dim
         self.buckets = encoder.buckets
+        self.null_tail = encoder.null_tail
         self._capacity = capacity
         self._image_in_key = image_in_key
         self._rows: OrderedDict[Key, np.ndarray] = OrderedDict()

@@ -56,10 +56,13 @@ class PromptEncoder(Protocol):
     Attributes:
         hidden_dim: d, the width of a state.
         buckets: the padded lengths in tokens it chooses from, ascending; the last is the longest prompt it takes.
+        null_tail: 0 where the null prompt is the same for all. Where the null prompt of an edit has its picture: how
+            many of its last states are its own. Those before are the first of every prompt with that picture.
     """
 
     hidden_dim: int
     buckets: tuple[int, ...]
+    null_tail: int
 
     def encode(self, requests: Sequence[PromptRequest], length: int | None = None) -> PromptStates:
         """Encodes a batch of any size, padded to `length` tokens or else to the smallest bucket that holds all of it.
@@ -68,6 +71,32 @@ class PromptEncoder(Protocol):
             UserError: a prompt has more tokens than `length` or the last bucket. Nothing is ever cut off silently.
         """
         ...
+
+
+class NullTails(NamedTuple):
+    """What the null prompts of a batch have of their own; see `PromptEncoder.null_tail`.
+
+    Attributes:
+        states: zeros where a prompt has no picture.
+        start: where they begin among the null prompt's states; -1 where a prompt has no picture.
+    """
+
+    states: Float[np.ndarray, "b t d"]
+    start: Float[np.ndarray, "b"]
+
+
+def null_tails(encoder: PromptEncoder, requests: Sequence[PromptRequest]) -> NullTails:
+    """Encodes the null prompts of those requests that have a picture, for an encoder that looks at them."""
+    tail = encoder.null_tail
+    found = NullTails(
+        np.zeros((len(requests), tail, encoder.hidden_dim), np.float32), np.full(len(requests), -1, np.float32)
+    )
+    rows = [i for i, request in enumerate(requests) if request.image is not None]
+    nulls = encoder.encode([PromptRequest("null", "", requests[i].image) for i in rows])
+    for i, states, mask in zip(rows, nulls.states, nulls.mask, strict=True):
+        end = int(mask.sum())
+        found.states[i], found.start[i] = states[end - tail : end], end - tail
+    return found
 
 
 def checked_buckets(buckets: Sequence[int]) -> tuple[int, ...]:

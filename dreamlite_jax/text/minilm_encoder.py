@@ -40,6 +40,8 @@ class MiniLMEncoder:
         UserError: the package or a file is missing, or lengths are out of range.
     """
 
+    null_tail = 0
+
     def __init__(
         self,
         params: minilm.Params | None = None,

@@ -68,6 +68,8 @@ class QwenEncoder:
         UserError: buckets are out of order, or `chunk` is not a positive power of two.
     """
 
+    null_tail = EDIT_CHAT.closing_tokens
+
     def __init__(
         self,
         model: QwenVL,

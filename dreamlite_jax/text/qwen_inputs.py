@@ -75,7 +75,13 @@ class QwenTokenizer:
                     f"{path} has the ids {image} for {IMAGE_MARK}; config.json of the weights says {expected}"
                 )
             image = [image[0], *[image[1]] * self.image_tokens, image[2]]
-        return dropped + image, self.words(after)
+        closing = self.words(after)
+        if len(closing) != chat.closing_tokens:
+            raise UserError(
+                f"{path} cuts the end of a template into {len(closing)} tokens; Qwen3-VL's tokenizer makes "
+                f"{chat.closing_tokens}"
+            )
+        return dropped + image, closing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,10 +50,12 @@ def user_text(task: Task, prompt: str) -> str:
 
 
 class ChatTemplate(NamedTuple):
-    """A chat around the user text (`{}` in `text`), and how many leading tokens are dropped after encoding."""
+    """A chat around the user text (`{}` in `text`), how many leading tokens are dropped after encoding, how many close
+    it after the words."""
 
     text: str
     dropped_tokens: int
+    closing_tokens: int = 5
 
     def fill(self, words: str) -> str:
         """The chat with the user text in place."""

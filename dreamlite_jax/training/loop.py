@@ -30,7 +30,8 @@ class Stage(Protocol):
     """What a kind of training is to the loop.
 
     With a method `flops(batch)`, of a step, the loop reports MFU too. With `limits`, the least and the most of some
-    metrics by name, it stops when one is outside.
+    metrics by name, it stops when one is outside. With `empty_batch((width, height))`, a batch of no rows for pictures
+    of this size, its step can be compiled where there are no data (`training.abstract`).
     """
 
     def init_state(self, key: jax.Array) -> Any:

@@ -98,8 +98,13 @@ def like_state(tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, state_sharding(mesh, tree))
 
 
-def gathered(params: Any, dtype: Any) -> Any:
-    """Parameters whole on every device; those that are split over fsdp are gathered, once and in `dtype`.
+def owned(grads: Any, params: Any) -> Any:
+    """Gradients of `gathered` parameters, where the state keeps these and in their dtype."""
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), like_state(grads), params)
+
+
+def gathered(params: Any, dtype: Any = None) -> Any:
+    """Parameters whole on every device; those that are split over fsdp are gathered, once and in `dtype` (or theirs).
 
     Left to itself the partitioner splits matrix products over fsdp instead, and moves activations for it (all-to-all).
     """
@@ -110,7 +115,8 @@ def gathered(params: Any, dtype: Any) -> Any:
     def whole(x: jax.Array, placement: NamedSharding) -> jax.Array:
         if placement.spec == P():
             return x
-        x = jax.lax.with_sharding_constraint(x.astype(dtype), placement)  # cast first: half the bytes to send
+        x = x if dtype is None else x.astype(dtype)  # cast first: half the bytes to send
+        x = jax.lax.with_sharding_constraint(x, placement)
         return jax.lax.with_sharding_constraint(x, replicated(mesh))
 
     return jax.tree.map(whole, params, state_sharding(mesh, params))

@@ -68,9 +68,8 @@ def make_step(
         whole = sharding.gathered(params, dtype)
 
         def owned(result: Any) -> Any:
-            """Gradients where the state keeps their parameters, and of the parameters' dtype."""
             values, grads = result
-            return values, jax.tree.map(lambda g, p: g.astype(p.dtype), sharding.like_state(grads), params)
+            return values, sharding.owned(grads, params)
 
         if accumulate == 1:
             return owned(jax.value_and_grad(loss_fn, has_aux=True)(whole, batch, key))

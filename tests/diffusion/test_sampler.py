@@ -36,13 +36,12 @@ def given():
         "source": normal(B, H, W, C),
         "prompt": text(B),
         "null": text(1),
-        "null_with_image": text(1),
         "sizes": jnp.asarray([[16.0, 8.0], [24.0, 8.0]]),
     }
 
 
 def run(given, plan, scales, **options):
-    seen = sampler.condition(plan, given["prompt"], given["null"], given["source"], given["null_with_image"])
+    seen = sampler.condition(plan, given["prompt"], given["null"], given["source"])
     return sampler.sample(velocity, given["noise"], seen, given["sizes"], jnp.asarray(SIGMAS), *scales, **options)
 
 
@@ -51,7 +50,7 @@ def by_hand(given, plan, scales, compose=panels.compose):
     for now, after in itertools.pairwise(SIGMAS):
         branches = []
         for branch in plan:
-            name = "prompt" if branch.text else "null_with_image" if branch.image else "null"
+            name = "prompt" if branch.text else "null"
             states, mask = (jnp.broadcast_to(a, (B, *a.shape[1:])) for a in given[name])
             image = given["source"] if branch.image else jnp.zeros_like(x)
             canvas = compose(x, image)
@@ -107,13 +106,11 @@ def test_all_branches_of_a_step_are_one_call(given):
 
 
 def test_a_branch_sees_only_what_it_may(given):
-    seen = sampler.condition(guidance.DUAL, given["prompt"], given["null"], given["source"], given["null_with_image"])
+    seen = sampler.condition(guidance.DUAL, given["prompt"], given["null"], given["source"])
     assert not seen.image[0].any()
     assert np.array_equal(seen.image[1], given["source"]) and np.array_equal(seen.image[2], given["source"])
-    for got, name in zip(seen.text, ("null", "null_with_image", "prompt"), strict=True):
+    for got, name in zip(seen.text, ("null", "null", "prompt"), strict=True):
         assert np.array_equal(got, np.broadcast_to(given[name].states, got.shape))
-    blind = sampler.condition(guidance.DUAL, given["prompt"], given["null"], given["source"])
-    assert np.array_equal(blind.text[1], blind.text[0]) and np.array_equal(blind.mask[1], blind.mask[0])
 
 
 def test_channel_layout_stacks_the_condition(given):
@@ -145,7 +142,7 @@ def test_noise_depends_on_its_own_seed_alone():
 @pytest.mark.parametrize("stop", [0, 1, 3, 4])
 def test_a_rollout_is_the_sampler_stopped_early(given, plan, stop):
     """To the bit where no compiler fuses, and to rounding with a stop that the compiler does not know."""
-    seen = sampler.condition(plan, given["prompt"], given["null"], given["source"], given["null_with_image"])
+    seen = sampler.condition(plan, given["prompt"], given["null"], given["source"])
     scales = (2.5, 1.5)
 
     def rolled(stop):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,55 @@ def test_a_step_compiles_for_a_tpu_without_one(tmp_path):
     # Once a step every parameter that is split is gathered; its gradient goes back to where it is split.
     assert sums["all-gather"][0] == 13
     assert sums["reduce-scatter"][1] == sums["all-gather"][1] > 1e6
+
+
+SMALL_JUDGES = """
+import runpy, sys
+from dreamlite_jax.models.qwen_vl.config import QwenVLConfig, TextTowerConfig, VisionTowerConfig
+from dreamlite_jax.rewards import backbones
+
+def small(family, **vision):
+    text = TextTowerConfig(
+        151666, 512, 512, 2, 2, 1, 128, 1e6, (16, 24, 24), mrope_interleaved=False, qk_norm=False, qkv_bias=True
+    )
+    return QwenVLConfig(text, VisionTowerConfig(2, 256, 512, 2, 512, family=family, patch_size=14, **vision))
+
+backbones.BACKBONES["qwen2_vl_7b"] = small("qwen2_vl")
+backbones.BACKBONES["qwen2_5_vl_7b"] = small("qwen2_5_vl", full_blocks=(1,), window_px=112)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+JUDGES = [
+    {"kind": "hpsv3", "tasks": ("generate",), "size_px": (128, 128)},
+    {"kind": "editreward", "tasks": ("edit",), "size_px": (128, 128), "backbone": "qwen2_5_vl_7b"},
+]
+POST = {
+    "refl": {"rewards": JUDGES, "steps": 2},
+    "dmd": {"fake_updates": 2, "gan_generator_weight": 5e-3, "gan_fake_weight": 1e-2},
+}
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["refl", "dmd2"])
+def test_steps_of_post_training_compile_without_judges_and_teachers(tmp_path, stage):
+    """Small judges of the released families; their parameters are arguments, in quarters."""
+    report, part = tmp_path / "report.json", {"refl": "refl", "dmd2": "dmd"}[stage]
+    overrides = [
+        f"--config.stage={stage}", f"--config.{part}={POST[part]}", "--config.mesh.fsdp=4", "--config.dtype=bfloat16",
+        "--config.model.guidance_scale=1.0", "--config.model.image_guidance_scale=1.0",
+    ]  # fmt: skip
+    command = [sys.executable, "-c", SMALL_JUDGES, SCRIPT, "--config", f"{Path(__file__).parent}/pod_config.py"]
+    done = subprocess.run(
+        [*command, "--topology", "v5e:2x2", "--report", str(report), *overrides],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert "all-to-all" not in found["collectives"] and found["collectives"]["reduce-scatter"][1] > 1e6
+    if stage == "refl":
+        tables = 2 * 151666 * 512 * 2  # bytes of the judges' embeddings, most of all parameters
+        assert tables / 4 < found["memory"]["arguments"] < tables / 2
 
 
 @needs_libtpu

@@ -311,5 +311,6 @@ def test_sharded_scores_are_the_same(small):
     assert kernel.addressable_shards[0].data.shape == (2, 64, 24)
     tokens = single.prepare(PROMPTS * 4)
     rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
-    found = ask(split, jax.device_put(images, rows), jax.device_put(dict(tokens), rows))
+    with jax.set_mesh(mesh):
+        found = ask(split, jax.device_put(images, rows), jax.device_put(dict(tokens), rows))
     np.testing.assert_allclose(found, ask(single, images, tokens), atol=SCORE_TOLERANCE, rtol=0)

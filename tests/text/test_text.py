@@ -263,6 +263,7 @@ class Counting:
 
     def __init__(self, encoder):
         self.encoder, self.hidden_dim, self.buckets = encoder, encoder.hidden_dim, encoder.buckets
+        self.null_tail = encoder.null_tail
         self.asked = []
 
     def encode(self, requests, length=None):

@@ -1,6 +1,7 @@
 """ReFL against finite differences and the sampler, on a network of two numbers; thresholds, tasks and the drift."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -194,3 +195,17 @@ def test_the_full_size_has_the_published_judges_and_thresholds():
     rewards = [(reward.kind, reward.threshold, reward.tasks) for reward in config.refl.rewards]
     assert rewards == [("hpsv3", 11.0, ("generate",)), ("editreward", 2.5, ("edit",))]
     assert config.init_from == "ROOT/runs/sft" and config.refl.push == "below" and config.refl.steps == 28
+
+
+def test_a_judge_is_shown_pictures_of_one_size(tmp_path):
+    """Said before the judge is read: its files are not here."""
+    tiny.write_inputs(tmp_path)
+    reward = {"kind": "hpsv3", "checkpoint": str(tmp_path / "none"), "base": str(tmp_path), "size_px": (16, 16)}
+    mapping = tiny.train_config(tmp_path, stage="refl", refl={"rewards": (reward,)})
+    file = str(tiny.write_config(tmp_path / "config.py", mapping))
+    with pytest.raises(UserError, match=r"checkpoint .*none does not exist"):
+        refl.ReFLStage(load_config(file))
+    info = json.loads((tmp_path / "edit" / "info.json").read_text())
+    (tmp_path / "edit" / "info.json").write_text(json.dumps(info | {"buckets": [[16, 16], [24, 8]]}))
+    with pytest.raises(UserError, match=r"edit has pictures of 24 x 8; hpsv3 is shown pictures of 16 x 16 alone"):
+        refl.ReFLStage(load_config(file))

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from dreamlite_jax.types import Array, Float
@@ -92,7 +93,7 @@ def run_stack(
     blocks: tuple[int, int],
     added: Float[Array, "n b s d"] | None = None,
     remat: bool = False,
-    sharding: jax.sharding.NamedSharding | None = None,
+    sharding: NamedSharding | None = None,
 ) -> Float[Array, "b s d"]:
     """`x` through blocks [first, stop) of a stack, as one scan: compile time does not grow with depth.
 
@@ -100,13 +101,16 @@ def run_stack(
       inputs: further arguments of the block, the same for all.
       added: one array a block, added to its output (deepstack).
       remat: recompute each block in the backward pass instead of keeping its activations.
-      sharding: pins the activations between blocks.
+      sharding: of the batch axis; pins the activations between blocks, and a block's parameters are gathered for it:
+        left to itself the partitioner splits matrix products, and moves activations for it (all-to-all).
     """
 
     def step(x: Array, scanned: tuple[Array, Array | None]) -> tuple[Array, None]:
         index, extra = scanned
         # Indexed here, not scanned over: a slice of the stack as scan input would be a copy of its weights.
         layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), params)
+        if sharding is not None:
+            layer = jax.lax.with_sharding_constraint(layer, NamedSharding(sharding.mesh, PartitionSpec()))
         y = block.apply({"params": layer}, x, *inputs)
         y = y if extra is None else y + extra
         return (y if sharding is None else jax.lax.with_sharding_constraint(y, sharding)), None

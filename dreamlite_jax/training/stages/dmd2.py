@@ -108,12 +108,13 @@ class DMD2Stage(LatentStage):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         student_key, fake_key = jax.random.split(key)
         grad_fn = jax.value_and_grad(self.student_loss, has_aux=True)
-        (loss, (made, metrics)), grads = grad_fn(state.params, state.fake, state.teacher, batch, student_key)
-        grads = sharding.like_state(grads)
+        networks = self.whole(state.params), self.whole_fake(state.fake), self.whole(state.teacher)
+        (loss, (made, metrics)), grads = grad_fn(*networks, batch, student_key)
+        grads = sharding.owned(grads, state.params)
         params, opt_state = optim.update(self.optimizer, grads, state.opt_state, state.params)
         ema = optim.ema_update(state.ema, params, config.optim.ema_decay, state.step.astype(jnp.float32))
         fake, fake_opt_state, fake_metrics = self.follow(
-            state.fake, state.fake_opt_state, params, made, batch, fake_key
+            state.fake, state.fake_opt_state, self.whole(params), made, batch, fake_key
         )
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integers; our own arithmetic does not
             rate = jnp.asarray(optim.schedule(config.optim, config.steps)(state.step), jnp.float32)
@@ -162,8 +163,9 @@ class DMD2Stage(LatentStage):
             pictures = made
             if count > 1:
                 pictures = jax.lax.cond(index == 0, lambda: made, lambda: self.generate(params, batch, make_key))
-            (loss, metrics), grads = jax.value_and_grad(self.fake_loss, has_aux=True)(fake, pictures, batch, loss_key)
-            grads = sharding.like_state(grads)
+            grad_fn = jax.value_and_grad(self.fake_loss, has_aux=True)
+            (loss, metrics), grads = grad_fn(self.whole_fake(fake), pictures, batch, loss_key)
+            grads = sharding.owned(grads, fake)
             fake, opt_state = optim.update(self.fake_optimizer, grads, opt_state, fake)
             return (fake, opt_state), {"fake_loss": loss, **metrics, "fake_grad_norm": optax.tree.norm(grads)}
 
@@ -187,6 +189,15 @@ class DMD2Stage(LatentStage):
         return loss + self.config.dmd.gan_fake_weight * told, {"gan_fake_loss": told, "gan_accuracy": right}
 
     # --- the three networks
+
+    def whole(self, params: Any) -> Any:
+        """A U-Net's parameters, gathered in the dtype that it computes in."""
+        return sharding.gathered(params, jnp.dtype(self.config.dtype))
+
+    def whole_fake(self, fake: Any) -> Any:
+        """Those of the fake score, and of its head, which computes in float32."""
+        rest = {name: part for name, part in fake.items() if name != "unet"}
+        return {"unet": self.whole(fake["unet"]), **sharding.gathered(rest)}
 
     def generate(self, params: Any, batch: Batch, key: jax.Array) -> Latent:
         """What the student predicts at one random step of its sampler, reached by its own steps (backward simulation).

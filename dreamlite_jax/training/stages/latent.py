@@ -15,9 +15,9 @@ from dreamlite_jax.assets import vae_path
 from dreamlite_jax.config import ModelConfig, VAEConfig, from_dict, to_dict
 from dreamlite_jax.data import latents as latent_data
 from dreamlite_jax.data import transforms
-from dreamlite_jax.data.buckets import check_sizes
-from dreamlite_jax.data.forms import Pairs
-from dreamlite_jax.data.mixture import first_items, raw_batches, source_sizes
+from dreamlite_jax.data.buckets import Size, check_sizes
+from dreamlite_jax.data.forms import Latents, Pairs
+from dreamlite_jax.data.mixture import first_items, raw_batches, source_sizes, text_fields
 from dreamlite_jax.data.reading import log_path
 from dreamlite_jax.data.sources import open_source
 from dreamlite_jax.diffusion import flow, guidance, panels, sampler
@@ -27,6 +27,7 @@ from dreamlite_jax.models.unet import UNet, dummy_inputs
 from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.text.cache import load_remembering
 from dreamlite_jax.text.encoder import PromptRequest
+from dreamlite_jax.text.load import sha256_of
 from dreamlite_jax.training import checkpoint, sharding
 from dreamlite_jax.training.config import MeshConfig, SourceConfig, TrainConfig
 from dreamlite_jax.types import Array, Float, Latent, PerSample, Scalar, TextMask, TextStates, TimeIds
@@ -47,11 +48,13 @@ class Noised(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """Of the data: their autoencoder, its parameters, and the states (s, d) of the empty prompt."""
+    """Of the data: their autoencoder, its parameters, the states (s, d) of the empty prompt, and how many own states
+    the empty prompt has beside a picture (`PromptEncoder.null_tail`)."""
 
     vae_config: VAEConfig
     vae_params: Any
     null_states: np.ndarray
+    null_tail: int = 0
 
 
 class LatentStage:
@@ -65,7 +68,7 @@ class LatentStage:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.vae_config, self.vae_params, self.null_states = self.facts()
+        self.vae_config, self.vae_params, self.null_states, self.null_tail = self.facts()
         self.dtype = jnp.bfloat16 if config.dtype == "bfloat16" else jnp.float32
         self.model = UNet(config.model.unet, self.dtype, config.remat, remat_keep=config.remat_keep)
 
@@ -81,13 +84,19 @@ class LatentStage:
                     "precomputed reads the folders that precompute wrote"
                 )
         infos = [latent_data.read_info(source.path) for source in (*data.sources, *data.validation)]
-        vae_config, vae_params = load_vae(vae_path(config.vae))
+        vae_file = vae_path(config.vae)
+        vae_config, vae_params = load_vae(vae_file)
+        own = sha256_of([vae_file])
         for source, info in zip((*data.sources, *data.validation), infos, strict=True):
-            if info["vae"] != to_dict(vae_config):
-                raise UserError(f"{source.path} holds latents of another autoencoder than config.vae; precompute again")
+            if info["vae"] != to_dict(vae_config) or info.get("vae_sha256", own) != own:
+                raise UserError(
+                    f"{source.path} holds latents of another autoencoder than config.vae {vae_file}; name the one that "
+                    "precompute had, or precompute again"
+                )
             sizes = latent_data.LatentReader([source], data.text_length).sizes
             check_sizes(source.path, sizes, config.model.size_multiple, "the U-Net")
-        return self.checked(Facts(vae_config, vae_params, np.asarray(infos[0]["null_states"], np.float32)))
+        tail = max(info.get("null_tail", 0) for info in infos)
+        return self.checked(Facts(vae_config, vae_params, np.asarray(infos[0]["null_states"], np.float32), tail))
 
     def facts_of_raw(self) -> Facts:
         """As `facts`, where the stage encodes pictures and words itself; loads the text encoder."""
@@ -101,7 +110,7 @@ class LatentStage:
         folder = find_model(config.init_from) if config.init_from else "."
         self.encoder = load_remembering(config.model.text, folder, mesh)
         states, mask = self.encoder.encode([PromptRequest("null", "")])
-        return self.checked(Facts(vae_config, vae_params, states[0, : int(mask[0].sum())]))
+        return self.checked(Facts(vae_config, vae_params, states[0, : int(mask[0].sum())], self.encoder.null_tail))
 
     def checked(self, facts: Facts) -> Facts:
         """The facts, if they are what the config says."""
@@ -146,12 +155,23 @@ class LatentStage:
         """The network with these parameters, as the sampler wants it; its activations stay where their items are."""
         return lambda *inputs: self.model.clone(sharding=sharding.activations()).apply({"params": params}, *inputs)
 
-    def null_text(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """States (s, d) and mask (s,) of the empty prompt, padded."""
-        tokens = len(self.null_states)
-        states = np.zeros((length, self.null_states.shape[1]), np.float32)
-        states[:tokens] = self.null_states
-        return states, (np.arange(length) < tokens).astype(np.float32)
+    def null_text(self, batch: Batch) -> sampler.TextStatesMask:
+        """The empty prompt of each item: one for all (1, s, d), or beside its own picture where the encoder looks at it
+        (b, s, d)."""
+        tokens, place = len(self.null_states), np.arange(batch["text"].shape[1])
+        states = np.zeros((1, len(place), self.null_states.shape[1]), np.float32)
+        states[0, :tokens] = self.null_states
+        blind = sampler.TextStatesMask(states, (place < tokens).astype(np.float32)[None])
+        if "null_tail" not in batch:
+            return blind
+        tail, place = batch["null_tail"], place - batch["null_from"][:, None].astype(jnp.int32)
+        inside = jnp.clip(place, 0, tail.shape[1] - 1)[..., None]
+        own = jnp.where(place[..., None] < 0, batch["text"], jnp.take_along_axis(jnp.asarray(tail), inside, axis=1))
+        mask = (place < tail.shape[1]).astype(jnp.float32)
+        sees = (batch["null_from"] >= 0)[:, None]
+        return sampler.TextStatesMask(
+            jnp.where(sees[..., None], own * mask[..., None], blind.states), jnp.where(sees, mask, blind.mask)
+        )
 
     def conditioning(self, plan: Sequence[guidance.Branch], batch: Batch) -> sampler.Conditioning:
         """What the branches of a plan see of a batch.
@@ -159,9 +179,8 @@ class LatentStage:
         A batch of both tasks takes the plan of edits: generation has a blank source, with which its three branches
         combine to v0 + g (v1 - v0), as its two do.
         """
-        null = sampler.TextStatesMask(*(x[None] for x in self.null_text(batch["text"].shape[1])))
         prompt = sampler.TextStatesMask(batch["text"], batch["mask"])
-        return sampler.condition(plan, prompt, null, batch["source"])
+        return sampler.condition(plan, prompt, self.null_text(batch), batch["source"])
 
     def sigmas(self, latents: Latent, steps: int) -> np.ndarray:
         """The sampler's schedule for latents of this size."""
@@ -181,9 +200,9 @@ class LatentStage:
         keep_image = jax.random.uniform(image_key, (b,)) >= config.image_drop
         source = jnp.where(flow.per_sample(keep_image, target), batch["source"], 0.0)
         drop_text = jax.random.uniform(text_key, (b,)) < config.text_drop
-        null_states, null_mask = self.null_text(batch["text"].shape[1])
-        text = jnp.where(drop_text[:, None, None], null_states[None], batch["text"])
-        mask = jnp.where(drop_text[:, None], null_mask[None], batch["mask"])
+        null = self.null_text(batch)
+        text = jnp.where(drop_text[:, None, None], null.states, batch["text"])
+        mask = jnp.where(drop_text[:, None], null.mask, batch["mask"])
 
         canvas = panels.compose(flow.interpolate(target, noise, sigma), source, self.config.model.unet.condition_layout)
         return Noised(canvas, sigma, text, mask, batch["size"], flow.velocity_target(target, noise))
@@ -221,11 +240,23 @@ class LatentStage:
 
     # --- data
 
-    def dataset(self) -> grain.IterDataset:
-        return self.batches()
+    def prepared(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Further fields of a batch with these texts; shapes follow from their number alone, 0 too. None here."""
+        return {}
 
-    def batches(self, extend: latent_data.Extend = latent_data.no_fields) -> grain.IterDataset:
-        """Batches of the config's sources; `extend` gives each row more fields, by its text."""
+    def extra_fields(self, text: str) -> dict[str, np.ndarray]:
+        """Those of one row."""
+        return {name: value[0] for name, value in self.prepared([text]).items()}
+
+    def empty_batch(self, size: Size) -> dict[str, np.ndarray]:
+        """A batch of no latents of pictures of this size: names, shapes and dtypes without data."""
+        model, (width, height) = self.config.model, size
+        latent = (height // model.vae.downsampling, width // model.vae.downsampling, model.vae.latent_channels)
+        form = Latents([latent], self.config.data.text_length, model.unet.text_dim, self.null_tail)
+        return form.empty(0, rows=0) | self.prepared([])
+
+    def dataset(self) -> grain.IterDataset:
+        """Batches of the config's sources."""
         data, host = self.config.data, jax.process_index()
         log = log_path(self.log_folder, host) if self.log_folder else None
         if data.encode == "on_device":
@@ -242,7 +273,7 @@ class LatentStage:
             threads=data.threads,
             host=host,
             hosts=jax.process_count(),
-            extend=extend,
+            extend=self.extra_fields,
             log=log,
             max_bad_fraction=data.max_bad_fraction,
         )
@@ -287,15 +318,15 @@ class LatentStage:
         data, count = self.config.data, self.config.grid_items
         if data.encode == "precomputed":
             items = latent_data.first_examples(source, count)
-            rows = [latent_data.collate(item, data.text_length) for item in items]
+            rows = [latent_data.collate(item, data.text_length, self.null_tail) for item in items]
             return items, jax.tree.map(lambda *x: np.stack(x), *rows)
         size, items = first_items(source, data.buckets, count)
         form = Pairs([size], self.vae_config.downsampling)
         batch = form.empty(0, len(items))
         for row, item in enumerate(items):
             form.fill(batch, row, item)
-        states, mask = self.encoder.encode([form.request(item) for item in items], data.text_length)
-        return items, jax.device_get(jax.jit(self.encoded)(batch | {"text": states, "mask": mask}))
+        batch |= text_fields(self.encoder, [form.request(item) for item in items], data.text_length)
+        return items, jax.device_get(jax.jit(self.encoded)(batch))
 
     def decoder(self) -> Callable[[Any, Latent], Array]:
         """(autoencoder parameters, latents) -> pictures, not clipped."""

@@ -1,15 +1,16 @@
 """Reward feedback learning (ReFL; ImageReward, arXiv 2304.05977, algorithm 1) with a flow-matching regulariser."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from dreamlite_jax.data.latents import read_info
 from dreamlite_jax.diffusion import guidance, sampler
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.vae import VAE
@@ -44,9 +45,11 @@ class ReFLStage(LatentStage):
         if not config.refl.rewards:
             raise UserError("config.refl.rewards is empty; ReFL needs at least one reward")
         abstract = self.vae_params is None
+        if not abstract:
+            check_sizes(config)
         mesh = None if abstract else sharding.make_mesh(config.mesh)
         self.setup(load_rewards(config.refl.rewards, mesh, abstract=abstract))
-        if config.data.encode == "on_device" and self.extra_fields(""):
+        if config.data.encode == "on_device" and self.prepared([]):
             raise UserError(
                 "config.data.encode is 'on_device', but these rewards read the prompts themselves, which such batches "
                 "do not have; precompute, or take rewards of kind 'target' alone"
@@ -83,13 +86,15 @@ class ReFLStage(LatentStage):
 
     def step(self, state: ReFLState, batch: Batch) -> tuple[ReFLState, dict[str, jax.Array]]:
         """One update of the parameters."""
-        config = self.config
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        start = sharding.gathered(state.start, dtype)
+        frozen = {**state.frozen, "vae": sharding.gathered(state.frozen["vae"])}
 
         def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return self.loss(params, state.start, state.frozen, batch, key)
+            return self.loss(params, start, frozen, batch, key)
 
         inner = train_state.TrainState(state.params, state.ema, state.opt_state, state.step)
-        step = train_state.make_step(loss, config.optim, config.steps, config.seed)
+        step = train_state.make_step(loss, config.optim, config.steps, config.seed, dtype=dtype)
         inner, metrics = step(inner, self.encoded(batch))
         new = state.replace(params=inner.params, ema=inner.ema, opt_state=inner.opt_state, step=inner.step)
         return new, metrics
@@ -171,13 +176,24 @@ class ReFLStage(LatentStage):
     def picture(decode: Any, frozen: Any, latents: Latent) -> Image:
         return jax.lax.stop_gradient(decode(frozen["vae"], latents))
 
-    def dataset(self) -> grain.IterDataset:
-        return self.batches(self.extra_fields)
+    def prepared(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """What the rewards want to know of the prompts."""
+        tokens = traverse_util.flatten_dict(dict(self.rewards.prepare(texts)), sep="/")
+        return {f"{TOKENS}{name}": np.asarray(value) for name, value in tokens.items()}
 
-    def extra_fields(self, text: str) -> dict[str, np.ndarray]:
-        """What the rewards want to know of one prompt, as fields of a batch's row."""
-        tokens = traverse_util.flatten_dict(dict(self.rewards.prepare([text])), sep="/")
-        return {f"{TOKENS}{name}": np.asarray(value)[0] for name, value in tokens.items()}
+
+def check_sizes(config: TrainConfig) -> None:
+    """Raises `UserError` where a source has pictures of another size than a judge will be set up for."""
+    for source in config.data.sources:
+        sizes = read_info(source.path).get("buckets", [])
+        for reward in config.refl.rewards:
+            height, width = reward.size_px
+            other = [size for size in sizes if tuple(size) != (width, height)]
+            if reward.kind != "target" and other:
+                raise UserError(
+                    f"{source.path} has pictures of {other[0][0]} x {other[0][1]}; {reward.kind} is shown pictures of "
+                    f"{width} x {height} alone (size_px): precompute with buckets of one size"
+                )
 
 
 def first_late_step(config: ReFLConfig) -> int:

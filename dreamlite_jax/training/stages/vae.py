@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dreamlite_jax import pictures
-from dreamlite_jax.data.buckets import bucket_sizes, check_sizes
+from dreamlite_jax.data.buckets import Size, bucket_sizes, check_sizes
 from dreamlite_jax.data.forms import Images
 from dreamlite_jax.data.mixture import HostShare, check_hosts, first_items, raw_batches
 from dreamlite_jax.data.reading import log_path
@@ -53,6 +53,10 @@ class VAEStage(OneLoss):
         psnr = -10.0 * jnp.log10(squared / 4.0)
         loss = absolute + weights.squared_weight * squared + weights.latent_weight * moments
         return loss, {"psnr": psnr, "latent_std": std.mean(), "latent_moments": moments}
+
+    def empty_batch(self, size: Size) -> dict[str, np.ndarray]:
+        """A batch of no pictures of this size: names, shapes and dtypes without data."""
+        return Images([size]).empty(0, rows=0)
 
     def dataset(self) -> grain.IterDataset:
         """Batches of `image`: targets of any raw sources, cut to buckets."""
