@@ -227,7 +227,7 @@ class ResBlock(nn.Module):
 def attend(
     q: Float[Array, "b n k d"], k: Float[Array, "b m g d"], v: Float[Array, "b m g d"], bias: Float[Array, "b m"] | None
 ) -> Float[Array, "b n k*d"]:
-    """Softmax attention with grouped keys; `bias` is added to every score of its key.
+    """Softmax attention with grouped keys; `bias` is added to every score of its key. Scores are float32 throughout.
 
     With one key head (the released model) query heads are folded into rows: two plain batched products that every
     delegate computes rightly, where a broadcast head axis is silently wrong on some.
@@ -236,15 +236,17 @@ def attend(
     groups = k.shape[2]
     q = q * d**-0.5
     if groups == 1:
-        scores = jnp.einsum("brd,bmd->brm", q.reshape(b, n * heads, d), k[:, :, 0])
+        rows = q.reshape(b, n * heads, d)
+        scores = jnp.einsum("brd,bmd->brm", rows, k[:, :, 0], preferred_element_type=jnp.float32)
         if bias is not None:
-            scores = scores + bias[:, None, :].astype(scores.dtype)
-        weights = jax.nn.softmax(scores.astype(jnp.float32), -1).astype(v.dtype)
+            scores = scores + bias[:, None, :].astype(jnp.float32)
+        weights = jax.nn.softmax(scores, -1).astype(v.dtype)
         return jnp.einsum("brm,bmd->brd", weights, v[:, :, 0]).reshape(b, n, heads * d)
-    scores = jnp.einsum("bngrd,bmgd->bgrnm", q.reshape(b, n, groups, heads // groups, d), k)
+    grouped = q.reshape(b, n, groups, heads // groups, d)
+    scores = jnp.einsum("bngrd,bmgd->bgrnm", grouped, k, preferred_element_type=jnp.float32)
     if bias is not None:
-        scores = scores + bias[:, None, None, None, :].astype(scores.dtype)
-    weights = jax.nn.softmax(scores.astype(jnp.float32), -1).astype(v.dtype)
+        scores = scores + bias[:, None, None, None, :].astype(jnp.float32)
+    weights = jax.nn.softmax(scores, -1).astype(v.dtype)
     return jnp.einsum("bgrnm,bmgd->bngrd", weights, v).reshape(b, n, heads * d)
 
 
