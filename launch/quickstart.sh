@@ -9,7 +9,10 @@ set -euo pipefail
 full=
 [ "${1:-}" = --full ] && full=1 && shift
 work=${1:-runs/quickstart}
-case $work in -*) echo "error: $work is no option; usage: launch/quickstart.sh [--full] [WORKDIR]" >&2 && exit 2 ;; esac
+for word in "$work" "${@:2}"; do
+  case $word in -*) echo "error: $word is no option here; usage: launch/quickstart.sh [--full] [WORKDIR]" >&2 && exit 2 ;; esac
+done
+[ $# -gt 1 ] && echo "error: $2 is one too many; usage: launch/quickstart.sh [--full] [WORKDIR]" >&2 && exit 2
 mkdir -p "$work" && work=$(cd "$work" && pwd)
 cd "$ROOT"
 
@@ -27,7 +30,7 @@ step() {
   [ -f "$work/steps/$name" ] && return 0
   echo "== $name" >&2
   "$@"
-  echo "$((SECONDS - begin))" >"$work/steps/$name"
+  echo "$((SECONDS - begin))" >"$work/steps/.$name" && mv "$work/steps/.$name" "$work/steps/$name" # whole, or not there
 }
 
 train() { # CONFIG STAGE
@@ -42,6 +45,7 @@ latents() { # NAME SPLIT OUTPUT
 evaluate() { # NAME STAGE TASKS SPLITS [SETTINGS…]
   local name=$1 stage=$2 tasks=$3 splits=$4
   shift 4
+  rm -rf "$work/evals/$name" # of a try that was stopped before its step was marked as done
   # shellcheck disable=SC2086 # tasks and splits are lists of words
   "$python" -m dreamlite_jax.evaluate --model "$work/$stage" --benchmark sprites --task $tasks --split $splits \
     --output "$work/evals/$name" "$@"
@@ -57,7 +61,8 @@ draw() {
   mkdir -p "$to/pictures"
   step "sample$suffix" "${sample[@]}" "${made[@]}" --output "$to/pictures/made.png"
   step "sample_edit$suffix" "${sample[@]}" "${edited[@]}" --output "$to/pictures/edited.png"
-  step "litert$suffix" "$python" -m conversion.to_litert --model "$work/$stage/model" --output "$to/litert" --component all
+  # A try that missed a floor has left its folder for inspection.
+  step "litert$suffix" "$python" -m conversion.to_litert --model "$work/$stage/model" --output "$to/litert" --component all --replace
   step "runtime$suffix" "${runtime[@]}" "${made[@]}" --output "$to/pictures/made_litert.png"
   step "runtime_edit$suffix" "${runtime[@]}" "${edited[@]}" --output "$to/pictures/edited_litert.png"
 }

@@ -72,8 +72,10 @@ def test_full_goes_on_from_the_joint_stage_to_the_student(launched):
     assert not any("configs/quickstart.py" in line for line in lines)
     converted = next(line for line in lines if "conversion.to_litert" in line)
     assert "/dmd2/model" in converted and "/student/litert" in converted
+    assert converted.split()[-1] == "--replace"  # of what a try that missed a floor left for inspection
 
 
-def test_an_unknown_option_is_no_work_folder(launched):
-    code, lines = launched("--ful")
+@pytest.mark.parametrize("arguments", [["--ful"], ["work", "--full"], ["work", "another"]])
+def test_arguments_that_would_be_ignored_are_refused(launched, arguments):
+    code, lines = launched(*arguments)
     assert code == 2 and not lines

@@ -29,7 +29,7 @@ RUNTIME_PSNR = 40.0
 
 def collect(work: Path) -> dict[str, Any]:
     """Everything the report says, from the files that the steps left."""
-    seconds = {path.name: int(path.read_text()) for path in (work / "steps").iterdir()}
+    seconds = {path.name: int(path.read_text()) for path in (work / "steps").glob("[!.]*")}
     trained = STAGES + POST_STAGES if "dmd2" in seconds else STAGES
     names = [*trained, "teacher", "undistilled"] if "dmd2" in trained else trained
     evals = {name: json.loads((work / "evals" / name / "report.json").read_text()) for name in names}
