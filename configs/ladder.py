@@ -4,7 +4,7 @@
 
 The order of the rungs and their values are the paper's; it prints no parameter counts per rung, so these are what the
 configs count to. Where a rung leaves a choice open (when the first level gets its cross-attention), it is ours.
-Chips, hours, metric: unmeasured.
+Reads /gcs/latents/t2i_1024 and /gcs/released, as configs/dreamlite.py. Chips, hours, metric: unmeasured.
 
     sdxl               2,612 M   blocks [0, 2, 10], channels 320/640/1280, SDXL's blocks around DreamLite's embeddings
     blocks             1,337 M   [0, 2, 10] → [0, 2, 4]
@@ -54,8 +54,8 @@ def get_config(rung: str = "mqa") -> ConfigDict:
         unet.update(step)
     c = ConfigDict()
     c.stage = "flow_matching"
-    c.model = ConfigDict({"unet": unet, "text": {"encoder": "qwen3_vl", "source": "text_encoder", "max_length": 200}})
-    c.data = ConfigDict({"sources": ({"path": "latents/t2i_1024"},), "batch_size": 1024, "text_length": 200})
+    c.model = ConfigDict({"unet": unet, "text": {"encoder": "qwen3_vl", "source": "/gcs/released", "max_length": 200}})
+    c.data = ConfigDict({"sources": ({"path": "/gcs/latents/t2i_1024"},), "batch_size": 1024, "text_length": 200})
     c.steps = 100_000
     c.dtype = "bfloat16"
     c.remat = True
