@@ -2,15 +2,48 @@
 
 import dataclasses
 import difflib
+import math
+import operator
 import types as pytypes
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from dreamlite_jax.errors import UserError
 
 T = TypeVar("T")
 BlockKind = Literal["plain", "cross", "self_cross"]
+
+
+def check_bounds(
+    config: Any,
+    where: str,
+    names: Sequence[str],
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raises `UserError` for the first of these fields that is not finite or out of bounds.
+
+    Of a tuple every entry counts; None, where a field may be that, passes.
+    """
+    bounds = [
+        (bound, holds, f"{words} {bound}")
+        for bound, holds, words in (
+            (least, operator.ge, "at least"), (above, operator.gt, "above"),
+            (most, operator.le, "at most"), (below, operator.lt, "below"),
+        )
+        if bound is not None
+    ]  # fmt: skip
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is None or (math.isfinite(number) and all(holds(number, bound) for bound, holds, _ in bounds)):
+                continue
+            wanted = " and ".join(words for *_, words in bounds) if math.isfinite(number) else "finite"
+            raise UserError(f"{where}{name} is {value}; it must be {wanted}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +76,16 @@ class UNetConfig:
     condition_layout: Literal["width", "channel"] = "width"
 
     def __post_init__(self):
+        check_bounds(
+            self, "unet.", least=1,
+            names=("in_channels", "out_channels", "block_out_channels", "layers_per_block", "num_heads", "num_kv_heads",
+                   "ff_mult", "cross_attention_dim", "text_dim", "size_embed_dim", "norm_groups"),
+        )  # fmt: skip
+        check_bounds(self, "unet.", ("mid_layers", "transformer_layers"), least=0)
+        check_bounds(self, "unet.", ("norm_eps",), above=0)
         levels = len(self.block_out_channels)
+        if not levels:
+            raise UserError("unet.block_out_channels is empty; it must have an entry a level")
         for name in ("down_blocks", "up_blocks", "transformer_layers", "num_heads"):
             if len(getattr(self, name)) != levels:
                 raise UserError(
@@ -87,6 +129,17 @@ class VAEConfig:
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
 
+    def __post_init__(self):
+        check_bounds(self, "vae.", ("latent_channels", "width"), least=1)
+        check_bounds(self, "vae.", ("encoder_blocks", "decoder_blocks"), least=0)
+        check_bounds(self, "vae.", ("scaling_factor",), above=0)
+        check_bounds(self, "vae.", ("shift_factor",))
+        if not len(self.encoder_blocks) == len(self.decoder_blocks) > 0:
+            raise UserError(
+                f"vae.encoder_blocks has {len(self.encoder_blocks)} entries and decoder_blocks "
+                f"{len(self.decoder_blocks)}; both need one a level"
+            )
+
     @property
     def downsampling(self) -> int:
         """Pixels per latent pixel, in each direction."""
@@ -109,6 +162,9 @@ class TextConfig:
     sha256: str = ""
     max_length: int = 64
 
+    def __post_init__(self):
+        check_bounds(self, "text.", ("max_length",), least=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
@@ -118,6 +174,11 @@ class SchedulerConfig:
     max_seq_len: int = 4096
     base_shift: float = 0.5
     max_shift: float = 1.15
+
+    def __post_init__(self):
+        check_bounds(self, "scheduler.", ("base_seq_len",), least=1)
+        check_bounds(self, "scheduler.", ("max_seq_len",), above=self.base_seq_len)
+        check_bounds(self, "scheduler.", ("base_shift", "max_shift"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +200,8 @@ class ModelConfig:
     edit_size: Literal["native", "source"] = "native"
 
     def __post_init__(self):
+        check_bounds(self, "model.", ("native_size", "steps"), least=1)
+        check_bounds(self, "model.", ("guidance_scale", "image_guidance_scale"), least=0)
         if self.unet.out_channels != self.vae.latent_channels:
             raise UserError(
                 f"unet.out_channels is {self.unet.out_channels} but vae.latent_channels is {self.vae.latent_channels}; "

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import ml_collections
 
-from dreamlite_jax.config import ModelConfig, TextConfig, from_dict, suggestion
+from dreamlite_jax.config import ModelConfig, TextConfig, check_bounds, from_dict, suggestion
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.rewards.config import RewardConfig
 
@@ -29,6 +29,13 @@ class OptimConfig:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     ema_decay: float = 0.9999
+
+    def check(self, where: str) -> None:
+        """Raises `UserError` for a number that trains nothing; `where` is what this section is called, with a dot."""
+        check_bounds(self, where, ("learning_rate", "clip_norm"), above=0)
+        check_bounds(self, where, ("warmup_steps", "weight_decay"), least=0)
+        check_bounds(self, where, ("b1", "b2", "ema_decay"), least=0, below=1)
+        check_bounds(self, where, ("final_fraction",), least=0, most=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,16 +95,13 @@ class BucketConfig:
     max_ratio: float = 1.0
 
     def __post_init__(self):
-        if self.multiple < 1:
-            raise UserError(f"config.buckets.multiple is {self.multiple}; it must be at least 1 pixel")
+        check_bounds(self, "config.buckets.", ("multiple", "max_ratio"), least=1)
         if self.size < 0 or self.size % self.multiple:
             near = max(1, round(self.size / self.multiple)) * self.multiple
             raise UserError(
                 f"config.buckets.size is {self.size}; it must be a multiple of config.buckets.multiple "
                 f"{self.multiple}, such as {near}"
             )
-        if not self.max_ratio >= 1:
-            raise UserError(f"config.buckets.max_ratio is {self.max_ratio}; it must be at least 1 (squares alone)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +124,17 @@ class DataConfig:
     buckets: BucketConfig = BucketConfig()
     max_bad_fraction: float = 0.01
 
+    def __post_init__(self):
+        check_bounds(self, "config.data.", ("batch_size", "text_length"), least=1)
+        check_bounds(self, "config.data.", ("threads", "processes"), least=0)
+        check_bounds(self, "config.data.", ("max_bad_fraction",), least=0, most=1)
+        if not self.sources:
+            raise UserError("config.data.sources is empty; it needs at least one source to train on")
+        for i, source in enumerate((*self.sources, *self.validation)):
+            name = f"sources[{i}]" if i < len(self.sources) else f"validation[{i - len(self.sources)}]"
+            check_bounds(source, f"config.data.{name}.", ("weight",), above=0)
+            check_bounds(source, f"config.data.{name}.", ("changed_levels",), least=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
@@ -131,6 +146,11 @@ class FlowConfig:
     image_drop: float = 0.1
     region_weight: bool = True
 
+    def __post_init__(self):
+        check_bounds(self, "config.flow.", ("logit_mean",))
+        check_bounds(self, "config.flow.", ("logit_std",), least=0)
+        check_bounds(self, "config.flow.", ("text_drop", "image_drop"), least=0, most=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
@@ -139,6 +159,9 @@ class AutoencoderConfig:
     latent_noise: float = 0.1
     squared_weight: float = 4.0
     latent_weight: float = 0.05
+
+    def __post_init__(self):
+        check_bounds(self, "config.autoencoder.", ("latent_noise", "squared_weight", "latent_weight"), least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +186,11 @@ class ReFLConfig:
     min_diversity: float = 0.3
 
     def __post_init__(self):
-        at_least_one(self, "refl.", ("steps",))
-        if not 0 < self.late_share <= 1:
-            raise UserError(f"config.refl.late_share is {self.late_share}; it must be above 0 and at most 1")
+        check_bounds(self, "config.refl.", ("steps",), least=1)
+        check_bounds(self, "config.refl.", ("late_share",), above=0, most=1)
+        check_bounds(self, "config.refl.", ("max_drift",), above=0)
+        names = ("reward_weight", "flow_weight", "guidance_scale", "image_guidance_scale", "min_diversity")
+        check_bounds(self, "config.refl.", names, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,13 +215,13 @@ class DMDConfig:
     min_diversity: float = 0.3
 
     def __post_init__(self):
-        at_least_one(self, "dmd.", ("fake_updates",))
+        check_bounds(self, "config.dmd.", ("fake_updates",), least=1)
+        names = ("guidance_scale", "image_guidance_scale", "gan_generator_weight", "gan_fake_weight", "min_diversity")
+        check_bounds(self, "config.dmd.", names, least=0)
+        self.fake.check("config.dmd.fake.")
         low, high = self.noise_range
         if not 0 < low < high < 1:
             raise UserError(f"config.dmd.noise_range is {self.noise_range}; it must be 0 < low < high < 1")
-        for name in ("gan_generator_weight", "gan_fake_weight"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"config.dmd.{name} is {getattr(self, name)}; it must be at least 0")
         if (self.gan_generator_weight > 0) != (self.gan_fake_weight > 0):
             raise UserError(
                 f"config.dmd.gan_generator_weight is {self.gan_generator_weight} and gan_fake_weight "
@@ -212,9 +237,8 @@ class MeshConfig:
     fsdp: int = 1
 
     def __post_init__(self):
-        at_least_one(self, "mesh.", ("fsdp",))
-        if self.data < 0:
-            raise UserError(f"config.mesh.data is {self.data}; it must be a number of devices, or 0 for all")
+        check_bounds(self, "config.mesh.", ("fsdp",), least=1)
+        check_bounds(self, "config.mesh.", ("data",), least=0)
 
 
 COUNTS = (
@@ -222,19 +246,6 @@ COUNTS = (
     "grid_steps",
 )  # fmt: skip
 ACCUMULATING = ("flow_matching",)  # stages whose loss is a mean over the items of a batch
-
-
-def at_least_one(config: Any, where: str, names: Sequence[str]) -> None:
-    """Raises `UserError` for the first of these fields that is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise UserError(f"config.{where}{name} is {getattr(config, name)}; it must be at least 1")
-
-
-def check_share(where: str, value: float) -> None:
-    """Raises `UserError` unless the value is a share."""
-    if not 0 <= value <= 1:
-        raise UserError(f"{where} is {value}; it must be a share from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,8 +288,10 @@ class TrainConfig:
     grid_steps: int = 20
 
     def __post_init__(self):
-        at_least_one(self, "", COUNTS)
-        at_least_one(self.data, "data.", ("batch_size", "text_length"))
+        check_bounds(self, "config.", COUNTS, least=1)
+        check_bounds(self, "config.", ("profile_steps",), least=0)
+        check_bounds(self, "config.", ("seed",), least=0, most=2**32 - 1)
+        self.optim.check("config.optim.")
         if self.data.batch_size % self.accumulate:
             raise UserError(
                 f"config.data.batch_size {self.data.batch_size} is not a multiple of config.accumulate "
@@ -289,16 +302,6 @@ class TrainConfig:
                 f"config.accumulate is {self.accumulate}, but the loss of stage {self.stage} is not a mean over items; "
                 "it must be 1"
             )
-        if self.profile_steps < 0:
-            raise UserError(f"config.profile_steps is {self.profile_steps}; it must be at least 0")
-        if not self.data.sources:
-            raise UserError("config.data.sources is empty; it needs at least one source to train on")
-        for i, source in enumerate(self.data.sources):
-            if not source.weight > 0:
-                raise UserError(f"config.data.sources[{i}].weight is {source.weight}; it must be above 0")
-        for name in ("text_drop", "image_drop"):
-            check_share(f"config.flow.{name}", getattr(self.flow, name))
-        check_share("config.data.max_bad_fraction", self.data.max_bad_fraction)
         if self.data.encode == "on_device" and self.stage not in ("flow_matching", "vae"):
             raise UserError(
                 f"config.data.encode is 'on_device'; stage {self.stage} needs 'precomputed' (python -m "
@@ -320,8 +323,8 @@ class PrecomputeConfig:
     threads: int = 2
 
     def __post_init__(self):
-        at_least_one(self, "", ("batch_size", "shard_size", "threads"))
-        check_share("config.max_bad_fraction", self.max_bad_fraction)
+        check_bounds(self, "config.", ("batch_size", "shard_size", "threads"), least=1)
+        check_bounds(self, "config.", ("max_bad_fraction",), least=0, most=1)
 
 
 ConfigT = TypeVar("ConfigT", TrainConfig, PrecomputeConfig)
@@ -347,6 +350,8 @@ def read_config_file(location: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--config {path}: no such file; configs are Python files such as configs/quickstart.py")
+    if file.suffix != ".py":
+        raise UserError(f"--config {path}: not a Python file; configs are such files as configs/quickstart.py")
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

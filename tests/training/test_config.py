@@ -73,7 +73,24 @@ def test_overrides_reach_every_kind_of_field(file):
         ("data.batch_size=0", "config.data.batch_size is 0"),
         ("data.sources=()", "config.data.sources is empty"),
         ("data.sources.0.weight=0", r"config.data.sources\[0\].weight is 0"),
-        ("flow.text_drop=10", "config.flow.text_drop is 10.0; it must be a share"),
+        ("flow.text_drop=10", "config.flow.text_drop is 10.0; it must be at least 0 and at most 1"),
+        ("model.unet.norm_groups=0", "unet.norm_groups is 0; it must be at least 1"),
+        ("model.unet.num_heads=(0,)", r"unet.num_heads is \(0,\); it must be at least 1"),
+        ("model.unet.block_out_channels=()", "unet.block_out_channels is empty"),
+        ("model.vae.decoder_blocks=(0,)", "vae.encoder_blocks has 3 entries and decoder_blocks 1"),
+        ("model.scheduler.max_seq_len=256", "scheduler.max_seq_len is 256; it must be above 256"),
+        ("model.steps=0", "model.steps is 0; it must be at least 1"),
+        ("model.guidance_scale=-1", "model.guidance_scale is -1.0; it must be at least 0"),
+        ("seed=-1", "config.seed is -1; it must be at least 0 and at most 4294967295"),
+        ("data.processes=-1", "config.data.processes is -1; it must be at least 0"),
+        ("data.threads=-1", "config.data.threads is -1"),
+        ("data.buckets.max_ratio=1e400", "config.buckets.max_ratio is inf; it must be finite"),
+        ("optim.clip_norm=0", "config.optim.clip_norm is 0.0; it must be above 0"),
+        ("optim.ema_decay=7", "config.optim.ema_decay is 7.0; it must be at least 0 and below 1"),
+        ("optim.learning_rate=-1", "config.optim.learning_rate is -1.0; it must be above 0"),
+        ("optim.learning_rate=1e400", "config.optim.learning_rate is inf; it must be finite"),
+        ("optim.warmup_steps=-5", "config.optim.warmup_steps is -5; it must be at least 0"),
+        ("dmd.fake.b2=1", "config.dmd.fake.b2 is 1.0; it must be at least 0 and below 1"),
     ],
 )
 def test_bad_overrides_are_named(file, override, says):
@@ -95,6 +112,8 @@ def test_a_missing_field_and_an_unknown_one_in_the_file_are_named(tmp_path):
 def test_bad_files_and_arguments_are_named(tmp_path, file):
     with pytest.raises(UserError, match=r"nowhere.py: no such file"):
         load_config("nowhere.py:t2i")
+    with pytest.raises(UserError, match=r"README.md: not a Python file"):
+        load_config("README.md")
     with pytest.raises(UserError, match=r"takes no argument"):
         load_config(f"{file}:t2i")
     (tmp_path / "empty.py").write_text("steps = 3\n")
