@@ -131,10 +131,20 @@ def activation_bytes(path: str | Path) -> int:
     for i, op in enumerate(ops):
         for tensor in (*op.inputs, *op.outputs):
             if not tensor.constant:
-                alive[tensor.name] = math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 4)
+                alive[tensor.name] = _bytes(tensor)
         peak = max(peak, sum(alive.values()))
         alive = {name: size for name, size in alive.items() if last[name] > i}
     return peak
+
+
+def preserved_bytes(path: str | Path) -> int:
+    """Bytes of all activations together, which calibration keeps at once."""
+    made = {tensor.name: tensor for op in operations(path) for tensor in op.outputs}
+    return sum(_bytes(tensor) for tensor in made.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * ITEM_BYTES.get(tensor.dtype, 4)
 
 
 def layer_of(tensor_name: str) -> str:
@@ -164,10 +174,10 @@ def _buffer_bytes(path: str | Path, buffer: Any) -> bytes:
 
 
 def random_input(port: dict[str, Any], seed: int) -> np.ndarray:
-    """Values of one input: token ids, a bias with a padded tail, or a normal sample."""
+    """Values of one input: token ids of the whole vocabulary, a bias with a padded tail, or a normal sample."""
     rng = np.random.default_rng(seed)
     if port["dtype"] == "int32":
-        return rng.integers(0, 100, port["shape"]).astype(np.int32)
+        return rng.integers(0, port["below"], port["shape"]).astype(np.int32)
     values = rng.standard_normal(port["shape"]).astype(np.float32)
     if port["name"] == "text_bias":
         values[...] = 0.0

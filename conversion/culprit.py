@@ -10,9 +10,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from .graph import Graph, Port
-
-INLINED = ("pjit", "jit", "closed_call")
+from .graph import CALLS, Graph, Port
 
 
 def culprits(graph: Graph, convert: Callable[[Graph, Path], None], most: int = 3) -> list[str]:
@@ -82,7 +80,7 @@ def _part(jaxpr: Any, equations: list[Any], constants: dict[Any, Any]) -> tuple[
 
 def _operations(equation: Any) -> Iterator[str]:
     """Names of the operations, those inside of calls too."""
-    if equation.primitive.name not in INLINED:
+    if equation.primitive.name not in CALLS:
         yield equation.primitive.name
         return
     for inner in jax.extend.core.jaxprs_in_params(equation.params):

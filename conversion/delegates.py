@@ -8,10 +8,8 @@ Qualcomm's compiler where its libraries are installed (`npu`), else from the rul
 
 import ctypes
 import dataclasses
-import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +20,12 @@ import numpy as np
 from dreamlite_jax import cli
 from dreamlite_jax.errors import UserError
 
-from . import npu
+from . import apart, npu
 from .audit import Operation, Tensor, audit, operations, random_input, read_metadata
 
 # Of the output's range. Under int8 recipes the CPU rounds activations to 8 bits and the GPU computes in float.
 GPU_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-3, "int4_weights": 1e-3, "int8_dynamic": 5e-2, "int8_static": 5e-2}
 SOFTWARE_DRIVERS = ("/usr/lib/chromium/vk_swiftshader_icd.json", "/usr/share/vulkan/icd.d/lvp_icd.x86_64.json")
-MARK = "DELEGATE "  # of the line that the probe reports on
 
 # What LiteRT's GPU accelerator (WebGPU build of ai-edge-litert 2.3.0) and Qualcomm's HTP compiler take, among the
 # operations that our graphs or likely mistakes contain.
@@ -131,29 +128,15 @@ def on_gpu(path: str | Path, *, run: bool = True, timeout_sec: float = 1800) -> 
             "no Vulkan driver was found, so the GPU accelerator cannot start; install libvulkan1 and a driver "
             "(Debian's chromium brings a software one), or set VK_ICD_FILENAMES"
         )
-    command = [sys.executable, "-c", "import sys; from conversion import delegates; delegates.probe(*sys.argv[1:])"]
-    if __package__ != "conversion":
-        command[2] = command[2].replace("from conversion", f"from {__package__}")
-    root = Path(__file__).resolve().parent.parent
-    search = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     try:
-        done = subprocess.run(
-            [*command, str(path), "run" if run else "load"],
-            env={**os.environ, **environment, "PYTHONPATH": search},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_sec,
-        )
+        done = apart.call("delegates", "probe", str(path), run, environment=environment, timeout_sec=timeout_sec)
     except subprocess.TimeoutExpired:
         return Verdict("gpu", False, "accelerator", (f"no answer within {timeout_sec:g} seconds",))
-    lines = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
-    answer = json.loads(lines[-1]) if lines else {}
-    refused = _refused_operations(done.stderr, path)
-    whole = bool(answer.get("whole")) and done.returncode == 0 and not refused
-    difference = answer.get("difference")
+    refused = _refused_operations(done.log, path)
+    whole = bool(done.answer.get("whole")) and done.code == 0 and not refused
+    difference = done.answer.get("difference")
     if not whole and not refused:
-        refused = [f"the accelerator ended with code {done.returncode}: {_last_error(done.stderr)}"]
+        refused = [f"the accelerator ended with code {done.code}: {_last_error(done.log)}"]
     if difference is not None and not difference <= GPU_TOLERANCE[read_metadata(path)["recipe"]]:
         whole = False
         refused.append(f"its numbers differ from the CPU's by {difference:.2g} of the output's range")
@@ -184,23 +167,22 @@ def _last_error(log: str) -> str:
     return (causes or errors or ["no message"])[-1]
 
 
-def probe(path: str, what: str) -> None:
-    """Body of the separate process: compiles for the GPU, runs beside the CPU, prints one JSON line."""
+def probe(path: str, run: bool) -> None:
+    """Body of the separate process: compiles for the GPU, runs beside the CPU."""
     from ai_edge_litert.compiled_model import CompiledModel
     from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
-    answer: dict[str, Any] = {}
     metadata = read_metadata(path)
     inputs = {port["name"]: random_input(port, seed) for seed, port in enumerate(metadata["inputs"])}
     gpu = CompiledModel.from_file(path, hardware_accel=HardwareAccelerator.GPU)
-    answer["whole"] = bool(gpu.is_fully_accelerated())
-    print(MARK + json.dumps(answer), flush=True)
-    if what == "run":
+    found: dict[str, Any] = {"whole": bool(gpu.is_fully_accelerated())}
+    apart.answer(found)
+    if run:
         cpu = CompiledModel.from_file(path, hardware_accel=HardwareAccelerator.CPU)
         shape = metadata["outputs"][0]["shape"]
-        wanted, found = (_run(model, inputs, shape) for model in (cpu, gpu))
-        answer["difference"] = float(np.abs(wanted - found).max() / max(float(np.ptp(wanted)), 1e-12))
-        print(MARK + json.dumps(answer), flush=True)
+        wanted, ours = (_run(model, inputs, shape) for model in (cpu, gpu))
+        found["difference"] = float(np.abs(wanted - ours).max() / max(float(np.ptp(wanted)), 1e-12))
+        apart.answer(found)
 
 
 def _run(model: Any, inputs: dict[str, np.ndarray], shape: Sequence[int]) -> np.ndarray:
@@ -271,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from .runtime import read_manifest
 
+    npu.check_soc(args.npu_soc)
     manifest = read_manifest(args.model)
     found = {
         component: verdicts(args.model / file, accelerators=not args.rules, run=not args.no_run, soc=args.npu_soc)

@@ -23,7 +23,7 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import read_json
 from dreamlite_jax.tensor_files import Shape, check_tensors, write_streamed
 
-from . import diffusers_config, names, sources, torch_files
+from . import diffusers_config, names, outputs, resources, sources, torch_files
 from .names import TorchTensor
 from .torch_files import Tensors
 
@@ -48,19 +48,20 @@ def convert(source: str, output: str | Path, vae: str | None = None) -> dict[str
       UserError: the source cannot be had, is of another kind or damaged, or a tensor does not fit the architecture.
     """
     start = time.monotonic()
-    path = sources.locate(source)
-    kind = sources.classify(path)
-    if vae is not None and kind != "unet":
-        raise UserError(f"--vae goes with a --source that is a U-Net alone; {path} is a {kind}")
-    report = torch_files.new_report("from_torch", path, {"source": source, "output": output, "vae": vae})
-    report["kind"] = kind
-    with model_folder.new_folder(output) as folder:
+    with outputs.new_folder(Path(output)) as folder:  # first, as locating a source may download it
+        path = sources.locate(source)
+        kind = sources.classify(path)
+        if vae is not None and kind != "unet":
+            raise UserError(f"--vae goes with a --source that is a U-Net alone; {path} is a {kind}")
+        report = torch_files.new_report("from_torch", path, {"source": source, "output": output, "vae": vae})
+        report["kind"] = kind
         if kind == "pipeline":
             _pipeline(path, folder, report)
         elif kind == "unet":
             _unet_alone(path, vae, folder, report)
         elif kind == "text_encoder":
             check_text_encoder(path, None)
+            resources.check_disk(resources.bytes_of([path]), folder)
             _carry(path, folder / "text_encoder", report)
         else:
             _write_vae(folder, *read_vae(path, kind), report)
@@ -76,6 +77,9 @@ def _pipeline(path: Path, folder: Path, report: dict[str, Any]) -> None:
     config = released.load_config(path)
     if (path / "text_encoder").is_dir():
         check_text_encoder(path / "text_encoder", config.unet.text_dim)
+    files = [file for part in model_folder.COMPONENTS for file in torch_files.weight_files(path / part)]
+    carried = [path / part for part in torch_files.TEXT_PARTS]
+    resources.check_disk(resources.bytes_of([*files, *carried]), folder)
     for component in model_folder.COMPONENTS:
         tensors = open_component(path / component, component, getattr(config, component))
         _write_component(folder, component, tensors, report)
@@ -92,6 +96,7 @@ def _unet_alone(path: Path, vae: str | None, folder: Path, report: dict[str, Any
     file = path / "config.json"
     raw = read_json(file)
     unet = diffusers_config.unet_from_diffusers(raw, str(file))
+    resources.check_disk(resources.bytes_of(torch_files.weight_files(path)), folder)
     _write_component(folder, "unet", open_component(path, "unet", unet), report)
     autoencoder = VAEConfig(latent_channels=unet.out_channels)
     if vae is None:

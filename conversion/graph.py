@@ -15,6 +15,7 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.blocks import MASK_BIAS
 from dreamlite_jax.models.minilm import MiniLMConfig
 from dreamlite_jax.models.qwen_vl.config import TextTowerConfig
+from dreamlite_jax.text.qwen_encoder import GENERATE_TOKENS
 from dreamlite_jax.text.templates import GENERATE_CHAT
 
 from . import graph_qwen, graph_text, graph_unet, graph_vae
@@ -22,16 +23,18 @@ from .graph_ops import Node, export_layout, half_safe, scale_queries
 
 Component = Literal["unet", "vae_encoder", "vae_decoder", "text"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
+CALLS = ("pjit", "jit", "closed_call", "custom_jvp_call", "custom_vjp_call")  # operations that hold others in a jaxpr
 
 
 @dataclasses.dataclass(frozen=True)
 class Port:
-    """One input or output of a graph."""
+    """One input or output of a graph; `below` is above every token id that an input takes."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     meaning: str
+    below: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,11 @@ class Sizes:
             raise UserError(f"batch is {self.batch}; it must be at least 1")
         if self.attention_chunk < 0:
             raise UserError(f"attention_chunk is {self.attention_chunk}; it must be 0 (all rows at once) or positive")
+
+    @property
+    def chat_length(self) -> int:
+        """States of a chat without a picture; only edits can have more."""
+        return min(self.text_length, GENERATE_TOKENS)
 
     def latent(self, config: ModelConfig) -> tuple[int, int]:
         """Latent height and width of one panel."""
@@ -183,7 +191,7 @@ def _text(config: MiniLMConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
     graph_text.fold_positions(params, b, s)
     scale_queries(params["encoder"], "query", config.head_dim**-0.5)
     inputs = (
-        Port("token_ids", (b, s), "int32", "[CLS] words [SEP], padded with [PAD]"),
+        Port("token_ids", (b, s), "int32", "[CLS] words [SEP], padded with [PAD]", config.vocab_size),
         Port("text_bias", (b, s), "float32", f"0 for a token, {MASK_BIAS:g} for padding"),
     )
     output = Port("states", (b, s, config.hidden_size), "float32", "last hidden states; set those of padding to zero")
@@ -197,12 +205,12 @@ def _text(config: MiniLMConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
 
 
 def _qwen(config: TextTowerConfig, params: dict[str, Any], sizes: Sizes) -> Graph:
-    dropped = GENERATE_CHAT.dropped_tokens
-    tokens = dropped + sizes.text_length
+    dropped, kept = GENERATE_CHAT.dropped_tokens, sizes.chat_length
+    tokens = dropped + kept
     meaning = "the whole chat of a prompt without a picture, padded at its end with any id"
-    inputs = (Port("token_ids", (sizes.batch, tokens), "int32", meaning),)
+    inputs = (Port("token_ids", (sizes.batch, tokens), "int32", meaning, config.vocab_size),)
     meaning = f"last hidden states without the template's first {dropped}; set those of padding to zero"
-    output = Port("states", (sizes.batch, sizes.text_length, config.hidden_size), "float32", meaning)
+    output = Port("states", (sizes.batch, kept, config.hidden_size), "float32", meaning)
     return Graph(
         "text",
         inputs,

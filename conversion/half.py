@@ -8,7 +8,6 @@ at 65,504) and what is lost; an infinity or a NaN makes the exit code 1 and is n
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,11 @@ import numpy as np
 
 from dreamlite_jax import cli, model_folder
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.json_files import write_json
 
-from . import exports, graph, quantize, runtime
-from .graph import Graph, Sizes
+from . import exports, graph, outputs, quantize, runtime
+from .graph import CALLS, Graph, Sizes
 from .parity import relative_rms
-
-LARGEST = float(np.finfo(np.float16).max)
-INLINED = ("pjit", "jit", "closed_call", "custom_jvp_call", "custom_vjp_call", "composite")
 
 
 @dataclasses.dataclass
@@ -77,7 +74,7 @@ class _Walk:
         for equation in jaxpr.eqns:
             layer = "/".join(part for part in (scope, str(equation.source_info.name_stack)) if part)
             values = [read(atom) for atom in equation.invars]
-            if equation.primitive.name in INLINED:
+            if equation.primitive.name in (*CALLS, "composite"):
                 inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
                 outputs = self.run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values, layer)
             else:
@@ -137,7 +134,7 @@ def measure(model: Path, litert: Path, calls: int) -> dict[str, dict[str, Any]]:
             "peak": peaks[layer],
             "layer": layer,
             "overflows": sorted({layer for r in runs for layer in r.overflows}),
-            "relative_rms": max(relative_rms(*pair) for pair in zip(chosen.outputs, found, strict=True)),
+            "relative_rms": float(np.max([relative_rms(*pair) for pair in zip(chosen.outputs, found, strict=True)])),
         }
     return rows
 
@@ -151,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.calls < 1:
         raise UserError(f"--calls is {args.calls}; it must be at least 1")
+    outputs.check_file(args.output)
     rows = measure(model_folder.find_model(args.model), args.litert, args.calls)
     for name, row in rows.items():
         print(
@@ -160,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for layer in row["overflows"]:
             print(f"  an infinity or a NaN in {layer}")
     if args.output:
-        args.output.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
+        write_json(args.output, rows)
     return 1 if any(row["overflows"] for row in rows.values()) else 0
 
 

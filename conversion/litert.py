@@ -4,9 +4,9 @@ The graph is traced with the weights as arguments, so that no copy of them passe
 they are then bound in the converter's module as resources that point at our buffers.
 """
 
+import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,12 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from dreamlite_jax.errors import UserError
-
 from . import culprit
 from .graph import Graph
+from .runtime import SIGNATURE
 
-SIGNATURE = "serving_default"
 METADATA = "dreamlite"
 INLINE_ELEMENTS = 1024  # smaller constants go inline, where the converter can fold them
-PEAK_PER_WEIGHT_BYTE = 4.0  # measured: 6.8 GB for the 1.56 GB U-Net, of which 0.5 GB are Python, JAX and the converter
-PEAK_BASE_BYTES = 700_000_000
 LARGEST_FILE = 2**31 - 1  # flatbuffers address 2 GiB
 
 
@@ -34,9 +30,8 @@ def convert(graph: Graph, path: str | Path, metadata: Mapping[str, Any]) -> None
     The entry "dreamlite" of the file's metadata also says what every input and output means.
 
     Raises:
-      UserError: weights too large for the format, or more memory or disk needed than the machine has free.
+      ConversionError: the converter does not take the graph; the message names the layer.
     """
-    check_resources({graph.component: graph.weight_bytes}, Path(path).parent)
     leaves, tree = jax.tree.flatten(graph.params)
     exported = _export(graph, leaves, tree)
     described = {
@@ -76,55 +71,7 @@ def convert_alone(graph: Graph, path: Path) -> None:
 
 def describe(ports) -> list[dict[str, Any]]:
     """Ports as JSON has them."""
-    return [{"name": p.name, "shape": list(p.shape), "dtype": p.dtype, "meaning": p.meaning} for p in ports]
-
-
-def predicted_peak_bytes(weight_bytes: int) -> int:
-    """Memory that converting this many bytes of float32 weights takes at its peak, by the measured rule."""
-    return int(PEAK_BASE_BYTES + PEAK_PER_WEIGHT_BYTE * weight_bytes)
-
-
-def check_resources(weights: Mapping[str, int], folder: Path) -> None:
-    """Raises `UserError` when the format, free memory or free disk cannot carry a conversion.
-
-    Args:
-      weights: bytes of float32 weights of each component that is going to be converted, one after the other.
-      folder: where the files go; it need not exist yet.
-    """
-    largest = max(weights, key=weights.__getitem__)
-    size = weights[largest]
-    if size > LARGEST_FILE:
-        raise UserError(
-            f"{largest} has {size / 1e9:.2f} GB of float32 weights; a .tflite file holds at most "
-            f"{LARGEST_FILE / 1e9:.2f} GB"
-        )
-    needed, free = predicted_peak_bytes(size), available_memory()
-    if free is not None and needed > free:
-        raise UserError(f"{largest} takes {needed / 1e9:.1f} GB of memory to convert; {free / 1e9:.1f} GB are free")
-    needed, free = predicted_disk_bytes(weights), available_disk(folder)
-    if needed > free:
-        raise UserError(f"the files take {needed / 1e9:.1f} GB of disk; {free / 1e9:.1f} GB are free for {folder}")
-
-
-def predicted_disk_bytes(weights: Mapping[str, int]) -> int:
-    """Disk that a conversion takes at its peak: all files in float32, and half of the largest while it is quantised."""
-    return int(1.05 * sum(weights.values()) + 0.55 * max(weights.values()))
-
-
-def available_disk(folder: Path) -> int:
-    """Free bytes where `folder` is or will be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
-
-
-def available_memory() -> int | None:
-    """Bytes that new processes can use, or None where the system does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in text.splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return [{k: v for k, v in dataclasses.asdict(port).items() if v is not None} for port in ports]
 
 
 def _export(graph: Graph, leaves: list[np.ndarray], tree: Any) -> bytes:

@@ -100,7 +100,7 @@ class TorchTensor:
 
 
 class NameTable:
-    """Translates single names both ways, by the rows of one format.
+    """Translates names of ours, by the rows of one format.
 
     Args:
         rows: modules; no two may match the same name.
@@ -109,35 +109,16 @@ class NameTable:
 
     def __init__(self, rows: Sequence[Row], what: str):
         self.what = what
-        self._rows = [(r, _pattern(r.ours), _pattern(r.torch)) for r in rows]
+        self._rows = [(r, _pattern(r.ours)) for r in rows]
 
     def to_torch(self, path: str) -> str:
         """The torch key of a path of ours. Raises `UserError` when the format has no such tensor."""
         module, _, leaf = path.rpartition("/")
-        for r, ours, _ in self._rows:
+        for r, ours in self._rows:
             if leaf in (r.weight, "bias") and (match := ours.fullmatch(module)):
                 name = _filled(r.torch, match.groups(), r.shift)
                 return f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
         raise UserError(f"parameter {path!r} has no name in {self.what}")
-
-    def to_ours(self, key: str) -> str:
-        """Our path of a torch key. Raises `UserError` when it is no key of the format."""
-        module, _, leaf = key.rpartition(".")
-        for r, _, torch in self._rows:
-            if leaf in ("weight", "bias") and (match := torch.fullmatch(module)):
-                indices = match.groups()
-                if indices and int(indices[0]) < r.shift:
-                    continue
-                return f"{_filled(r.ours, indices, -r.shift)}/{'bias' if leaf == 'bias' else r.weight}"
-        raise UserError(f"tensor {key!r} is not one of {self.what}")
-
-    def covers(self, path: str) -> bool:
-        """Whether a path of ours has a name in this format."""
-        try:
-            self.to_torch(path)
-        except UserError:
-            return False
-        return True
 
     def tensors(self, shapes: Mapping[str, Shape]) -> dict[str, TorchTensor]:
         """For every parameter of an architecture, by path, its torch name and shape."""

@@ -24,6 +24,14 @@ def sdk_folder() -> Path | None:
     return folder if (folder / "libQnnHtp.so").is_file() else None
 
 
+def check_soc(soc: str) -> None:
+    """Raises `UserError` for a system on chip that LiteRT has no name for, whether or not the SDK is installed."""
+    from ai_edge_litert.aot.vendors.qualcomm import target
+
+    if soc not in target.SocModel.__members__:
+        raise UserError(f"the NPU {soc!r} is unknown; it must be one of {', '.join(target.SocModel.__members__)}")
+
+
 def partition(path: str | Path, soc: str = DEFAULT_SOC) -> tuple[int, int, int]:
     """(operations in NPU partitions, operations in all, partitions) of a compiled file.
 
@@ -36,8 +44,7 @@ def partition(path: str | Path, soc: str = DEFAULT_SOC) -> tuple[int, int, int]:
     from ai_edge_litert.aot import aot_compile
     from ai_edge_litert.aot.vendors.qualcomm import target
 
-    if soc not in target.SocModel.__members__:
-        raise UserError(f"the NPU {soc!r} is unknown; it must be one of {', '.join(target.SocModel.__members__)}")
+    check_soc(soc)
     with tempfile.TemporaryDirectory() as folder:
         result = aot_compile.aot_compile(
             str(path), output_dir=folder, target=[target.Target(target.SocModel[soc])], keep_going=True

@@ -15,7 +15,7 @@ import numpy as np
 
 from dreamlite_jax.errors import UserError
 
-from .graph import Graph
+from .graph import CALLS, Graph
 from .graph_ops import marked_native
 
 TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
@@ -31,9 +31,8 @@ SINCE = {
     "tfl.resize_nearest_neighbor": 13,
 }
 OPSETS = (17, 23)
-UNARY = {"logistic": "Sigmoid", "tanh": "Tanh", "exp": "Exp", "erf": "Erf", "neg": "Neg", "sqrt": "Sqrt"}
+UNARY = {"abs": "Abs", "logistic": "Sigmoid", "tanh": "Tanh", "exp": "Exp", "erf": "Erf", "neg": "Neg", "sqrt": "Sqrt"}
 BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min"}
-INLINED = ("pjit", "jit", "closed_call", "custom_jvp_call", "custom_vjp_call")
 
 
 @dataclasses.dataclass
@@ -61,8 +60,7 @@ def export(graph: Graph, path: Path, *, opset: int = 23, precision: str = "fp32"
     """
     import onnx
 
-    if not OPSETS[0] <= opset <= OPSETS[1]:
-        raise UserError(f"opset is {opset}; it must be from {OPSETS[0]} to {OPSETS[1]}")
+    check_opset(opset)
     with marked_native():
         shapes = [jax.ShapeDtypeStruct(port.shape, port.dtype) for port in graph.inputs]
         closed = jax.make_jaxpr(graph.apply)(graph.params, *shapes)
@@ -77,6 +75,11 @@ def export(graph: Graph, path: Path, *, opset: int = 23, precision: str = "fp32"
     (output,) = writer.run(closed.jaxpr, closed.consts, environment)
     writer.finish(output, graph.output.name, graph.output.shape, metadata)
     onnx.checker.check_model(str(path))
+
+
+def check_opset(opset: int) -> None:
+    if not OPSETS[0] <= opset <= OPSETS[1]:
+        raise UserError(f"opset is {opset}; it must be from {OPSETS[0]} to {OPSETS[1]}")
 
 
 class _Writer:
@@ -214,7 +217,7 @@ class _Writer:
         name, parameters = equation.primitive.name, equation.params
         if name == "composite":
             return self._composite(parameters, inputs)
-        if name in INLINED:
+        if name in CALLS:
             inner = parameters.get("jaxpr") or parameters.get("call_jaxpr")
             return self._inline(inner, inputs)
         shape = equation.outvars[0].aval.shape

@@ -6,7 +6,6 @@ The reference is the flax module that trains and samples, not the export form, s
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.text.templates import GENERATE_CHAT
 
 from .graph import Component, Sizes
-from .runtime import Runtime, load_component, sinusoid
+from .runtime import Runtime, sinusoid
 
 CASES = 2  # random inputs a component is compared on
 TextConfig = minilm.MiniLMConfig | TextTowerConfig
@@ -86,15 +85,16 @@ def case(component: Component, config: ModelConfig, sizes: Sizes, text_dim: int,
       text_dim: number of token ids of the text encoder for component "text", else unused.
     """
     rng = np.random.default_rng(seed)
-    b, s = sizes.batch, sizes.text_length
+    chat = component == "text" and config.text.encoder == "qwen3_vl"
+    b, s = sizes.batch, sizes.chat_length if chat else sizes.text_length
     h, w = sizes.latent(config)
     mask = np.ones((b, s), np.float32)
     mask[:, max(1, s - s // 4) :] = 0.0
     bias = (1.0 - mask) * np.float32(MASK_BIAS)
-    if component == "text" and config.text.encoder == "qwen3_vl":
-        chat = np.concatenate([np.ones((b, GENERATE_CHAT.dropped_tokens), np.float32), mask], 1)
-        ids = rng.integers(0, text_dim, chat.shape).astype(np.int32)
-        return Case((ids, chat), {"token_ids": ids}, mask[..., None])
+    if chat:
+        whole = np.concatenate([np.ones((b, GENERATE_CHAT.dropped_tokens), np.float32), mask], 1)
+        ids = rng.integers(0, text_dim, whole.shape).astype(np.int32)
+        return Case((ids, whole), {"token_ids": ids}, mask[..., None])
     if component == "text":
         ids = rng.integers(0, text_dim, (b, s)).astype(np.int32)
         return Case((ids, mask), {"token_ids": ids, "text_bias": bias}, mask[..., None])
@@ -154,15 +154,16 @@ def meaningful(cases: Sequence[Case], outputs: Sequence[np.ndarray]) -> list[np.
 
 def relative_rms(wanted: np.ndarray, found: np.ndarray) -> float:
     """Root mean square of the difference over that of what is wanted."""
-    return float(np.sqrt(np.square(wanted - found).mean() / np.square(wanted).mean()))
+    return float(np.sqrt(np.square(wanted - found).mean() / np.maximum(np.square(wanted).mean(), 1e-12)))
 
 
 def measure(wanted: list[np.ndarray], found: list[np.ndarray], floor: Floor) -> Parity:
     """Worst differences of outputs. A value that is not finite never passes."""
     pairs = list(zip(wanted, found, strict=True))
-    max_abs = max(float(np.abs(a - b).max()) for a, b in pairs)
-    relative = max(relative_rms(a, b) for a, b in pairs)
-    peak = max(float(np.abs(a).max()) for a in wanted)
+    # Of numpy: Python's `max` drops a NaN that is not the first.
+    max_abs = float(np.max([np.abs(a - b).max() for a, b in pairs]))
+    relative = float(np.max([relative_rms(a, b) for a, b in pairs]))
+    peak = float(np.max([np.abs(a).max() for a in wanted]))
     passed = max_abs <= floor.max_abs * max(1.0, peak) and relative <= floor.relative_rms
     return Parity(max_abs, relative, peak, bool(passed and np.isfinite(max_abs)))
 
@@ -171,18 +172,23 @@ def compare(
     component: Component,
     config: ModelConfig,
     sizes: Sizes,
-    params: Any,
-    folder: Path,
-    manifest: dict[str, Any],
+    load: Callable[[], tuple[Any, TextConfig | None]],
+    open_converted: Callable[[], Callable[..., np.ndarray]],
     floor: Floor,
-    text: TextConfig | None = None,
 ) -> Parity:
-    """Runs one converted component beside its flax module on the same random inputs."""
+    """Runs one converted component beside its flax module on the same random inputs.
+
+    Args:
+      load: gives the flax module's parameters, and the config of the text encoder for component "text".
+      open_converted: gives the component as a function of its inputs by name, once the parameters are let go.
+    """
+    params, text = load()
     vocabulary = text.vocab_size if text else 0
     cases = [case(component, config, sizes, vocabulary, seed) for seed in range(CASES)]
     run = reference(component, config, params, text)
     wanted = [run(*c.model) for c in cases]
-    converted = load_component(folder, manifest, component, threads=2)
+    del run, params
+    converted = open_converted()
     found = [converted(**c.graph) for c in cases]
     return measure(meaningful(cases, wanted), meaningful(cases, found), floor)
 
@@ -233,7 +239,7 @@ def reference_picture(
     source_latents = vae(source[None], method="encode") if editing else jnp.zeros_like(noise)
     guided = guidance.is_guided(editing, config.guidance_scale, config.image_guidance_scale)
     plan = guidance.branches(editing, guided)
-    conditioning = sampler.condition(plan, prompt_states, null, source_latents, null if editing else None)
+    conditioning = sampler.condition(plan, prompt_states, null, source_latents)
     unet, layout = UNet(config.unet), config.unet.condition_layout
 
     def run(weights: Any, *args: Any) -> jax.Array:

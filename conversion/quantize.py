@@ -4,8 +4,8 @@ fp16          weights in half precision, computed in float. The text encoder's e
 int8_dynamic  weights int8 per channel, symmetric; activations quantised at run time. No calibration. The text encoder
               as fp16: eight bits cost MiniLM 8 to 10 per cent of its states, and the picture more than all else.
 int8_static   W8A8: weights int8 per channel, activations int8, only in matmuls and convolutions. Both embedding MLPs,
-              first and last convolution, every norm and softmax stay in float (recipe of the model's author), and
-              the shortcuts of res blocks (ours).
+              first and last convolution of the U-Net, every norm and softmax stay in float (recipe of the model's
+              author), and the shortcuts of res blocks and the last convolution of the VAE's halves (ours).
               Calibrated on what the sampler itself visits; weights clipped by least squared error, the clipping of
               activations searched on samples that calibration did not see. The text encoder as fp16.
 int4_weights  the text encoder's dense weights int4 in blocks of 32, its embedding table int8, activations quantised at
@@ -27,11 +27,10 @@ from dreamlite_jax.errors import UserError
 
 from . import parity
 from .audit import operations, random_input, read_metadata
-from .runtime import Runtime, load_component
+from .runtime import SIGNATURE, Runtime, load_component
 
 Recipe = Literal["fp32", "fp16", "int8_dynamic", "int8_static", "int4_weights"]
 RECIPES: tuple[Recipe, ...] = get_args(Recipe)
-SIGNATURE = "serving_default"
 MATMULS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL")
 # Layers of int8_static that stay in float: those of the author's recipe, and the shortcuts of res blocks, which read
 # the residual stream as it is and lose more than all else together (`sensitivity`). The last convolution is named after
@@ -93,8 +92,17 @@ def check_target(recipe: Recipe, target: str) -> None:
         raise UserError(f"--recipe {recipe} with --target {target}: {REFUSED[target, recipe]}")
 
 
+def applied(component: str, recipe: Recipe) -> Recipe:
+    """The recipe that a component gets: where a recipe of whole numbers leaves it alone, that is fp16."""
+    meant = component == "text" if recipe == "int4_weights" else component != "text"
+    return recipe if meant and recipe != "fp32" else "fp16"
+
+
 def visit(folder: Path, prompts: Sequence[str] = CALIBRATION_PROMPTS, steps: int | None = None) -> dict[str, Samples]:
-    """Samples of every component from generating with all prompts and editing what was made, in float32."""
+    """Samples of every component from generating with all prompts and editing what was made, in float32.
+
+    Where the text encoder would have to see the picture nothing is edited; the pictures are encoded all the same.
+    """
     found: dict[str, Samples] = {}
 
     def observe(component: str, inputs: Inputs, output: np.ndarray) -> None:
@@ -105,8 +113,11 @@ def visit(folder: Path, prompts: Sequence[str] = CALIBRATION_PROMPTS, steps: int
     runtime = Runtime(folder, keep_loaded=True, observer=observe)
     for seed, prompt in enumerate(prompts):
         image = np.clip(runtime.generate(prompt, seed=seed, steps=steps), -1.0, 1.0)
-        edit = CALIBRATION_EDITS[seed % len(CALIBRATION_EDITS)]
-        runtime.generate(edit, image, seed=seed, steps=steps)
+        if runtime.reads_pictures:
+            runtime.encode_image(image)
+        else:
+            edit = CALIBRATION_EDITS[seed % len(CALIBRATION_EDITS)]
+            runtime.generate(edit, image, seed=seed, steps=steps)
     return found
 
 
@@ -117,24 +128,23 @@ def quantize(
     recipe: Recipe,
     calibration: Samples | None = None,
     held_out: Samples | None = None,
-    kept: str = KEPT,
 ) -> dict[str, Any]:
     """Writes the quantised form of a float32 file and returns what was chosen on the way.
 
     Args:
       calibration, held_out: needed by int8_static, for every component but text.
-      kept: regular expression of layers that int8_static leaves in float.
 
     Raises:
       UserError: int8_static without samples.
     """
-    if recipe == "int8_static" and component != "text":
+    recipe = applied(component, recipe)
+    if recipe == "int8_static":
         if calibration is None or held_out is None:
             raise UserError(
                 "recipe int8_static is calibrated on what the sampler visits, which needs every component: "
                 "use --component all"
             )
-        return _static(source, target, calibration, held_out, kept)
+        return _static(source, target, calibration, held_out)
     quantizer = _quantizer(source)
     _add_weights_only(quantizer, component, recipe)
     _write(quantizer.quantize(enable_progress_report=False, enable_progress_bar=False), target)
@@ -153,9 +163,9 @@ def _add_weights_only(quantizer: Any, component: str, recipe: Recipe) -> None:
 
     names = qtyping.TFLOperationName
     algorithm, blocks = algorithm_manager.AlgorithmName, qtyping.QuantGranularity
-    if recipe == "int8_dynamic" and component != "text":
+    if recipe == "int8_dynamic":
         quantizer.add_dynamic_config(".*", names.ALL_SUPPORTED, 8)
-    elif recipe == "int4_weights" and component == "text":
+    elif recipe == "int4_weights":
         quantizer.add_dynamic_config(".*", names.EMBEDDING_LOOKUP, 8)
         quantizer.add_dynamic_config(
             ".*", names.FULLY_CONNECTED, 4, granularity=blocks.BLOCKWISE_32, algorithm_key=algorithm.OCTAV
@@ -167,13 +177,13 @@ def _add_weights_only(quantizer: Any, component: str, recipe: Recipe) -> None:
             quantizer.add_weight_only_config(".*", kind, 16, algorithm_key=algorithm.FLOAT_CASTING)
 
 
-def _static(source: Path, target: Path, calibration: Samples, held_out: Samples, kept: str) -> dict[str, Any]:
+def _static(source: Path, target: Path, calibration: Samples, held_out: Samples) -> dict[str, Any]:
     """W8A8 with the clipping of activations that loses least on held-out samples."""
-    ranges = _observed_ranges(source, calibration.inputs, kept)
+    ranges = _observed_ranges(source, calibration.inputs)
     losses: dict[float, float] = {}
     for clip in CLIPS:
         trial = target.with_name(f".{target.name}.{clip}.part")
-        quantizer = _static_quantizer(source, kept)
+        quantizer = _static_quantizer(source)
         _write(
             quantizer.quantize(_clipped(ranges, clip), enable_progress_report=False, enable_progress_bar=False), trial
         )
@@ -188,11 +198,11 @@ def _static(source: Path, target: Path, calibration: Samples, held_out: Samples,
         "held_out_samples": len(held_out.inputs),
         "clip": best,
         "relative_rms_by_clip": {str(clip): loss for clip, loss in losses.items()},
-        "kept_in_float": kept_layers(source, kept),
+        "kept_in_float": kept_layers(source),
     }
 
 
-def _static_quantizer(source: Path, kept: str) -> Any:
+def _static_quantizer(source: Path) -> Any:
     from ai_edge_quantizer import algorithm_manager, qtyping
 
     names, algorithm = qtyping.TFLOperationName, algorithm_manager.AlgorithmName
@@ -202,18 +212,18 @@ def _static_quantizer(source: Path, kept: str) -> Any:
         key = algorithm.MIN_MAX_UNIFORM_QUANT if kind == "BATCH_MATMUL" else algorithm.MSE
         quantizer.add_static_config(".*", names(kind), 8, 8, algorithm_key=key)
         quantizer.update_quantization_recipe(
-            regex=f".*({kept}).*", operation_name=names(kind), algorithm_key=algorithm.NO_QUANTIZE
+            regex=f".*({KEPT}).*", operation_name=names(kind), algorithm_key=algorithm.NO_QUANTIZE
         )
     return quantizer
 
 
-def _observed_ranges(source: Path, inputs: Sequence[Inputs], kept: str) -> dict[str, Any]:
+def _observed_ranges(source: Path, inputs: Sequence[Inputs]) -> dict[str, Any]:
     """Smallest and largest value of every tensor over all samples."""
     from ai_edge_quantizer import calibrator, recipe_manager
     from ai_edge_quantizer.utils import qsv_utils
 
     manager = recipe_manager.RecipeManager()
-    manager.load_quantization_recipe(_static_quantizer(source, kept).get_quantization_recipe())
+    manager.load_quantization_recipe(_static_quantizer(source).get_quantization_recipe())
     observer = calibrator.Calibrator(
         str(source), num_threads=os.cpu_count() or 1, qsv_update_func=qsv_utils.min_max_update
     )
@@ -230,22 +240,15 @@ def _clipped(ranges: dict[str, Any], clip: float) -> dict[str, Any]:
     }
 
 
-def kept_layers(source: Path, kept: str) -> list[str]:
-    """Matmuls and convolutions of a file that the expression keeps in float."""
-    pattern = re.compile(kept)
-    return [op.layer for op in operations(source) if op.kind in MATMULS and pattern.search(op.outputs[0].name)]
+def kept_layers(source: Path) -> list[str]:
+    """Matmuls and convolutions of a file that `KEPT` keeps in float."""
+    return [op.layer for op in operations(source) if op.kind in MATMULS and re.search(KEPT, op.outputs[0].name)]
 
 
 def relative_rms(path: Path, samples: Samples) -> float:
-    """Root mean square of a file's difference from the float32 outputs over theirs; the worst sample counts."""
-    run = load_component(path.parent, {"files": {"it": path.name}}, "it", os.cpu_count() or 1)
-    worst = 0.0
-    for inputs, wanted in zip(samples.inputs, samples.outputs, strict=True):
-        error = np.square(meaningful(inputs, run(**inputs)) - wanted).mean() / max(
-            float(np.square(wanted).mean()), 1e-12
-        )
-        worst = max(worst, float(np.sqrt(error)))
-    return worst
+    """A file's difference from the float32 outputs over theirs; the worst sample counts. Not finite: infinite."""
+    found = compare(path, samples, parity.FLOORS["fp32"]).relative_rms
+    return found if np.isfinite(found) else np.inf
 
 
 def random_samples(path: Path, count: int = 2) -> Samples:
@@ -270,18 +273,17 @@ def compare(path: Path, samples: Samples, floor: parity.Floor) -> parity.Parity:
     return parity.measure(samples.outputs, found, floor)
 
 
-def sensitivity(source: Path, calibration: Samples, held_out: Samples, kept: str = KEPT) -> list[dict[str, Any]]:
+def sensitivity(source: Path, calibration: Samples, held_out: Samples) -> list[dict[str, Any]]:
     """Relative RMS of the output when one module alone is W8A8 and all else is float32, worst first.
 
     A module is two levels of the layer's name (down_blocks_0/resnets_0). What stands on top is what to keep in float.
     """
     from ai_edge_quantizer import algorithm_manager, qtyping
 
-    ranges = _observed_ranges(source, calibration.inputs, kept)
-    pattern = re.compile(kept)
+    ranges = _observed_ranges(source, calibration.inputs)
     groups: dict[str, int] = {}
     for op in operations(source):
-        if op.kind in MATMULS and not pattern.search(op.outputs[0].name):
+        if op.kind in MATMULS and not re.search(KEPT, op.outputs[0].name):
             name = "/".join(op.layer.split("/")[:2])
             groups[name] = groups.get(name, 0) + 1
     rows = []

@@ -1,6 +1,7 @@
 """Text to image and edit from LiteRT files alone: the reference loop for apps. Needs numpy, Pillow, tokenizers, LiteRT.
 
 Command: python -m conversion.runtime --model LITERT_DIR --prompt TEXT [--image PNG] --output PNG
+Where the text encoder is not in the folder, or would have to read the picture: --states FILE instead of --prompt.
 
 Nothing here imports JAX. Weights are mapped from the files; components are loaded when needed and released after use.
 """
@@ -11,9 +12,9 @@ import itertools
 import json
 import math
 import os
-import resource
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,13 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.text.templates import clean_prompt
 
 from .noise import start_noise
+from .resources import peak_memory_bytes
 
 FORMAT = "dreamlite-litert"
 FORMAT_VERSION = 1
 SIGNATURE = "serving_default"
+STATES = ("task", "prompt", "prompt_states", "prompt_mask", "null_states", "null_mask")  # what --states holds
+OWN_STATES = "compute its states with python -m conversion.states and give them with --states"
 
 
 class Runtime:
@@ -63,6 +67,8 @@ class Runtime:
             sizes[name] for name in ("height", "width", "text_length", "batch")
         )
         self.load_seconds: dict[str, float] = {}
+        if threads < 0:
+            raise UserError(f"threads is {threads}; it must be 0 (one for each core) or positive")
         self._threads = threads or os.cpu_count() or 1
         self._keep = keep_loaded
         self._observer = observer
@@ -94,9 +100,14 @@ class Runtime:
         steps = config.steps if steps is None else steps
         text_scale = config.guidance_scale if guidance_scale is None else guidance_scale
         image_scale = config.image_guidance_scale if image_guidance_scale is None else image_guidance_scale
+        for name, scale in (("guidance_scale", text_scale), ("image_guidance_scale", image_scale)):
+            if not math.isfinite(scale):
+                raise UserError(f"{name} is {scale}; it must be a finite number")
         h, w = self.height // config.vae.downsampling, self.width // config.vae.downsampling
         sigmas = sampling_sigmas(steps, shift_mu(config.scheduler, h, w))
         x = start_noise(seed, (1, h, w, config.vae.latent_channels))
+        for name in ("unet", "vae_decoder", *(["vae_encoder"] if image is not None else [])):
+            component_file(self.folder, self.manifest, name)  # before any work
         prompt_states = self.encode_prompt("generate" if image is None else "edit", prompt)
         blank = np.zeros_like(x)
         source = blank if image is None else self.encode_image(image)
@@ -116,6 +127,11 @@ class Runtime:
         with self._component("vae_decoder") as decode:
             return decode(latents=self._rows(x))[0]
 
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether the model's text encoder reads the picture of an edit too, which its file here cannot."""
+        return self.config.text.encoder == "qwen3_vl"
+
     def encode_prompt(self, task: str, prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """Text states (1, s, d) and text bias (1, s) of a prompt, remembered for the next time."""
         if (task, prompt) not in self._prompts:
@@ -123,8 +139,39 @@ class Runtime:
             inputs = {"token_ids": ids} if "chat" in self.manifest else {"token_ids": ids, "text_bias": bias}
             with self._component("text") as encode:
                 states = encode(**{name: self._rows(value) for name, value in inputs.items()})[:1]
-            self._prompts[task, prompt] = (states * (bias == 0.0)[..., None].astype(np.float32), bias)
+            self._remember(task, prompt, states, bias)
         return self._prompts[task, prompt]
+
+    def read_states(self, path: Path) -> tuple[str, str]:
+        """Takes the text states that `conversion.states` computed of a prompt; returns its task and the prompt.
+
+        Raises:
+          UserError: not such a file, or states of another width or number than these files take.
+        """
+        if not path.is_file():
+            raise UserError(f"--states {path} does not exist; python -m conversion.states writes one")
+        try:
+            with np.load(path) as file:
+                found = {name: file[name] for name in STATES}
+        except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"--states {path} is not a file of conversion.states: {error}") from None
+        wanted = (1, self.text_length, self.config.unet.text_dim)
+        for part in ("prompt", "null"):
+            states, mask = found[f"{part}_states"], found[f"{part}_mask"]
+            if states.shape != wanted or mask.shape != wanted[:2] or not np.isfinite(states).all():
+                raise UserError(f"--states {path} has states {states.shape}; these files take {wanted}, finite")
+        task, prompt = str(found["task"]), str(found["prompt"])
+        for key, part in (((task, prompt), "prompt"), (("null", ""), "null")):
+            bias = (1.0 - found[f"{part}_mask"]) * np.float32(self.manifest["mask_bias"])
+            self._remember(*key, found[f"{part}_states"], bias.astype(np.float32))
+        return task, prompt
+
+    def _remember(self, task: str, prompt: str, states: np.ndarray, bias: np.ndarray) -> None:
+        """Keeps a prompt's states, those of padding zero, at the length that the U-Net takes."""
+        states = states.astype(np.float32) * (bias == 0.0)[..., None].astype(np.float32)
+        padding = self.text_length - bias.shape[1]  # a chat without a picture has a limit of its own
+        bias = np.pad(bias, ((0, 0), (0, padding)), constant_values=self.manifest["mask_bias"])
+        self._prompts[task, prompt] = np.pad(states, ((0, 0), (0, padding), (0, 0))), bias
 
     def encode_image(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """Latents (1, h, w, c) of a picture."""
@@ -137,15 +184,17 @@ class Runtime:
     def tokens(self, task: str, prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids, (1, s) or those of a whole chat, and text bias (1, s) of a prompt with the tag of its task.
 
+        A chat keeps at most its limit of states, as the model's own encoder does, which cuts closing tokens there.
+
         Raises:
           UserError: an empty or over-long prompt; an edit, where the encoder would have to look at the picture too.
         """
-        if task == "edit" and "chat" in self.manifest:
-            raise UserError(
-                f"{self.folder}: its text encoder is converted for prompts without a picture; for edits compute the "
-                "text states elsewhere"
-            )
         words = self.manifest["templates"][task] + clean_prompt(task, prompt)
+        if task == "edit" and self.reads_pictures:
+            raise UserError(
+                f"{self.folder}: its text encoder is converted for prompts without a picture; for edits {OWN_STATES}"
+            )
+        component_file(self.folder, self.manifest, "text")
         if self._tokenizer is None:
             import tokenizers
 
@@ -153,15 +202,17 @@ class Runtime:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             self._tokenizer.encode_special_tokens = True  # "[SEP]" typed by a user is text
-        ids, before = self._tokenizer.encode(words).ids, []
+        ids, before, most = self._tokenizer.encode(words).ids, [], self.text_length
         if "chat" in self.manifest:
-            before, after = self.manifest["chat"]["before"], self.manifest["chat"]["after"]
-            ids = [*ids, *after]
-        if len(ids) > self.text_length:
-            raise UserError(f"the prompt has {len(ids)} tokens and the limit is {self.text_length}; shorten it")
-        padded = np.full((1, len(before) + self.text_length), self.manifest["pad_id"], np.int32)
+            chat = self.manifest["chat"]
+            before, limit = chat["before"], chat["limit"]
+            most = min(most, limit)
+            ids = [*ids, *chat["after"]][: max(limit, len(ids))]
+        if len(ids) > most:
+            raise UserError(f"the prompt has {len(ids)} tokens and the limit is {most}; shorten it")
+        padded = np.full((1, len(before) + most), self.manifest["pad_id"], np.int32)
         padded[0, : len(before) + len(ids)] = [*before, *ids]
-        bias = np.full((1, self.text_length), self.manifest["mask_bias"], np.float32)
+        bias = np.full((1, most), self.manifest["mask_bias"], np.float32)
         bias[0, : len(ids)] = 0.0
         return padded, bias
 
@@ -217,11 +268,7 @@ def load_component(folder: Path, manifest: dict[str, Any], name: str, threads: i
     """A component's signature as a function of keyword arrays; it returns a copy of the one output."""
     from ai_edge_litert.interpreter import Interpreter
 
-    if name not in manifest["files"]:
-        raise UserError(f"{folder} has no {name}; convert it: python -m conversion.to_litert --component {name}")
-    path = folder / manifest["files"][name]
-    if not path.is_file():
-        raise UserError(f"{path} does not exist, though model.json names it")
+    path = component_file(folder, manifest, name)
     interpreter = Interpreter(str(path), num_threads=threads)
     interpreter.allocate_tensors()  # here, so that the time of preparing weights counts as loading
     runner = interpreter.get_signature_runner(SIGNATURE)
@@ -231,6 +278,17 @@ def load_component(folder: Path, manifest: dict[str, Any], name: str, threads: i
         return np.array(output)
 
     return run
+
+
+def component_file(folder: Path, manifest: dict[str, Any], name: str) -> Path:
+    """The file of a component. Raises `UserError` when the folder was made without it."""
+    if name not in manifest["files"]:
+        remedy = OWN_STATES if name == "text" else "convert the model again, with --component all"
+        raise UserError(f"{folder} has no {name}; {remedy}")
+    path = folder / manifest["files"][name]
+    if not path.is_file():
+        raise UserError(f"{path} does not exist, though model.json names it")
+    return path
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -269,20 +327,12 @@ def combine(velocities: Sequence[np.ndarray], guidance_scale: float, image_guida
     return null + text_scale * (text - image) + image_scale * (image - null)
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident memory this process has had."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # `ru_maxrss` of a child begins with that of its parent
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.documented("conversion.runtime", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder written by conversion.to_litert")
-    parser.add_argument("--prompt", required=True)
+    words = parser.add_mutually_exclusive_group(required=True)
+    words.add_argument("--prompt")
+    words.add_argument("--states", type=Path, help="file of conversion.states, for a prompt that it has encoded")
     parser.add_argument("--image", type=Path, help="picture to edit")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     parser.add_argument("--steps", type=int)
@@ -293,12 +343,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def settings(args: argparse.Namespace, config: ModelConfig) -> dict[str, Any]:
+def settings(args: argparse.Namespace, prompt: str, config: ModelConfig) -> dict[str, Any]:
     """What made a picture, for its metadata."""
     chosen = {name: getattr(args, name) for name in ("steps", "guidance_scale", "image_guidance_scale")}
     chosen = {name: getattr(config, name) if value is None else value for name, value in chosen.items()}
     paths = {"image": str(args.image) if args.image else None, "model": str(args.model)}
-    return {"prompt": args.prompt, "seed": args.seed, **chosen, **paths}
+    return {"prompt": prompt, "seed": args.seed, **chosen, **paths}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -306,11 +356,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime = Runtime(args.model, threads=args.threads)
     if args.output.suffix.lower() != ".png":
         raise UserError(f"--output {args.output} must end in .png: the settings are stored in the file as PNG metadata")
-    if not args.output.parent.is_dir():
-        raise UserError(f"--output: the folder {args.output.parent} does not exist")
-    begin = time.perf_counter()
+    cli.check_writable("--output", args.output.parent)
+    begin, prompt = time.perf_counter(), args.prompt
+    if args.states:
+        task, prompt = runtime.read_states(args.states)
+        if (task == "edit") != (args.image is not None):
+            raise UserError(f"--states {args.states} is of task {task}; --image goes with edit, and with nothing else")
     pixels = runtime.generate(
-        args.prompt,
+        prompt,
         pictures.read_picture(args.image) if args.image else None,
         steps=args.steps,
         guidance_scale=args.guidance_scale,
@@ -318,7 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=args.seed,
         report=lambda line: print(line, file=sys.stderr),
     )
-    pictures.save_png(args.output, pixels, {"dreamlite_litert": json.dumps(settings(args, runtime.config))})
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    pictures.save_png(args.output, pixels, {"dreamlite_litert": json.dumps(settings(args, prompt, runtime.config))})
     loads = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in runtime.load_seconds.items())
     print(f"first load: {loads}")
     print(f"{args.output}: {time.perf_counter() - begin:.2f} s in all, peak memory {peak_memory_bytes() / 1e6:.0f} MB")

@@ -6,7 +6,6 @@ edit gain that is more than `--most_drop` points lower makes the exit code 1.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,9 @@ from PIL import Image
 
 from dreamlite_jax import cli
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.json_files import write_json
 
+from . import outputs
 from .runtime import Runtime
 
 SCORES = {"generate": ("retrieval_random", "retrieval_hard"), "edit": ("edit_gain",)}
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--items is {args.items}; retrieval among 8 needs at least 8")
     if args.steps < 1:
         raise UserError(f"--steps is {args.steps}; it must be at least 1")
+    outputs.check_file(args.output)
     folders = [args.model, *([args.against] if args.against else [])]
     reports = [score(folder, args.split, args.items, args.steps, args.threads) for folder in folders]
     result: dict[str, Any] = {"model": reports[0]}
@@ -105,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<18} {line}" + (f"   drop {drops(*reports)[name]:+.1f} points" if args.against else ""))
     passed = not args.against or max(result["drop_points"].values()) <= args.most_drop
     if args.output:
-        args.output.write_text(json.dumps({**result, "passed": passed}, indent=2) + "\n", "utf-8")
+        write_json(args.output, {**result, "passed": passed})
     if not passed:
         print(f"A SCORE DROPPED by more than {args.most_drop:g} points")
     return 0 if passed else 1

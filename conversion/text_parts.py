@@ -1,6 +1,7 @@
 """The text encoder of a model folder as a component to convert: weights, size, tokenizer; MiniLM or Qwen3-VL."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from dreamlite_jax.models import minilm
 from dreamlite_jax.models.qwen_vl.load import load_qwen_vl, read_config
 from dreamlite_jax.models.qwen_vl.model import QwenVL, abstract_params
 from dreamlite_jax.text import tokenizers
+from dreamlite_jax.text.qwen_encoder import GENERATE_TOKENS, weights_folder
 from dreamlite_jax.text.qwen_inputs import QwenTokenizer
-from dreamlite_jax.text.templates import GENERATE_CHAT
+from dreamlite_jax.text.templates import GENERATE_CHAT, Task, user_text
 
 TOWER = "language_model"  # the part of Qwen3-VL that reads words
 
@@ -60,21 +62,36 @@ def weight_bytes(model: Path, config: ModelConfig) -> int:
     return minilm.minilm_file(minilm.WEIGHT_FILE).stat().st_size
 
 
+def token_counts(model: Path, config: ModelConfig, prompts: Sequence[tuple[Task, str]]) -> list[int]:
+    """States that prompts without a picture need of the encoder."""
+    texts = [user_text(task, prompt) for task, prompt in prompts]
+    if config.text.encoder == "minilm":
+        return [len(ids) for ids in tokenizers.MiniLMTokenizer().token_ids(texts)]
+    tokenizer = _qwen_tokenizer(model, config)
+    chats = [tokenizer.chat(GENERATE_CHAT, tokenizer.words(text)) for text in texts]
+    return [min(GENERATE_TOKENS, len(chat) - GENERATE_CHAT.dropped_tokens) for chat in chats]
+
+
 def write_tokenizer(model: Path, config: ModelConfig, folder: Path) -> dict[str, Any]:
     """Copies tokenizer.json and returns what else the runtime needs to make token ids, for its manifest."""
     if config.text.encoder == "minilm":
         shutil.copyfile(minilm.minilm_file("tokenizer.json"), folder / "tokenizer.json")
         return {"pad_id": tokenizers.MiniLMTokenizer().pad_id}
+    chat = _qwen_tokenizer(model, config).chat(GENERATE_CHAT, [])
+    shutil.copyfile(_tokenizer_file(model, config), folder / "tokenizer.json")
+    dropped = GENERATE_CHAT.dropped_tokens
+    return {"pad_id": 0, "chat": {"before": chat[:dropped], "after": chat[dropped:], "limit": GENERATE_TOKENS}}
+
+
+def _qwen_tokenizer(model: Path, config: ModelConfig) -> QwenTokenizer:
+    return QwenTokenizer(_tokenizer_file(model, config), read_config(_qwen_folder(model, config)))
+
+
+def _tokenizer_file(model: Path, config: ModelConfig) -> Path:
     source = model / config.text.source
     places = [source / part / "tokenizer.json" for part in ("tokenizer", "processor", ".")]
-    found = next((path for path in places if path.is_file()), places[0])
-    tokenizer = QwenTokenizer(found, read_config(_qwen_folder(model, config)))
-    shutil.copyfile(found, folder / "tokenizer.json")
-    chat = tokenizer.chat(GENERATE_CHAT, [])
-    dropped = GENERATE_CHAT.dropped_tokens
-    return {"pad_id": 0, "chat": {"before": chat[:dropped], "after": chat[dropped:]}}
+    return next((path for path in places if path.is_file()), places[0])
 
 
 def _qwen_folder(model: Path, config: ModelConfig) -> Path:
-    source = model / config.text.source
-    return source / "text_encoder" if (source / "text_encoder").is_dir() else source
+    return weights_folder(model / config.text.source)

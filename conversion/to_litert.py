@@ -7,25 +7,21 @@ code 1, and the folder stays for inspection, its report saying so.
 
 import argparse
 import dataclasses
+import functools
 import gc
-import json
-import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dreamlite_jax import cli, model_folder
-from dreamlite_jax.config import ModelConfig, to_dict
+from dreamlite_jax.config import ModelConfig
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.models.blocks import MASK_BIAS
-from dreamlite_jax.text import templates
 
-from . import audit, delegates, exports, graph, litert, parity, quantize, text_parts
+from . import audit, delegates, exports, graph, litert, outputs, parity, quantize, resources, text_parts
 from .graph import COMPONENTS, Sizes
-from .quantize import RECIPES, check_target
-from .runtime import FORMAT, FORMAT_VERSION, Runtime, peak_memory_bytes
+from .quantize import CALIBRATION_EDITS, CALIBRATION_PROMPTS, RECIPES, check_target
+from .runtime import FORMAT, Runtime, load_component
 
 TARGETS = ("gpu", "npu", "cpu")
 PROMPT = "a red car and a yellow star on a blue background"  # of the picture that is compared
@@ -68,16 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--recipe int8_static is calibrated on what the sampler visits, which needs every component, the text "
             "encoder (MiniLM) among them; use --component all"
         )
-    components = exports.components_of(args, model, config)
-    weights = weight_bytes(model, config, components)
-    litert.check_resources(weights, args.output)
-    print(
-        f"{sum(weights.values()) / 1e6:.0f} MB of weights; about "
-        f"{litert.predicted_peak_bytes(max(weights.values())) / 1e9:.1f} GB of memory and "
-        f"{litert.predicted_disk_bytes(weights) / 1e9:.1f} GB of disk at the peak",
-        file=sys.stderr,
-    )
-    with model_folder.new_folder(args.output) as folder:
+    components = exports.components_of(args, model, config, litert.LARGEST_FILE)
+    if args.sensitivity and (args.recipe == "fp32" or set(components) != set(COMPONENTS)):
+        raise UserError(
+            "--sensitivity is measured on what the sampler visits, beside a quantised file: it needs every component, "
+            "and another --recipe than fp32"
+        )
+    if set(components) == set(COMPONENTS):
+        check_prompts(model, config, sizes, args.recipe)
+    weights = exports.weight_bytes(model, config, components)
+    # While a file is quantised there is a second one beside it, and under --sensitivity a third, nearly float32.
+    extra = 0.0 if args.recipe == "fp32" else 1.35 if args.sensitivity else 0.55
+    exports.check_resources(weights, args.output, largest_file=litert.LARGEST_FILE, extra=extra)
+    with outputs.new_folder(args.output, replace=args.replace) as folder:
         report = convert_all(
             model,
             config,
@@ -91,28 +90,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.accelerators,
         )
         exports.write_report(folder, args, ("litert-converter", "ai-edge-litert", "ai-edge-quantizer"), report)
-    return exports.conclude(args, table(report), report["passed"])
+    return exports.conclude(args, table(report), report)
 
 
-def weight_bytes(model: Path, config: ModelConfig, components: Sequence[str]) -> dict[str, int]:
-    """Bytes of float32 weights of each component, read off the architecture.
-
-    Raises:
-      UserError: the model folder lacks a file that one of them needs.
-    """
-    sizes = {}
-    for component in components:
-        if component == "text":
-            sizes[component] = text_parts.weight_bytes(model, config)
-            continue
-        part = "unet" if component == "unet" else "vae"
-        file = model / model_folder.weight_file(part)
-        if not file.is_file():
-            raise UserError(f"model folder {model} lacks {file.name}, which {component} is made of")
-        half = component.removeprefix("vae_") + "/" if part == "vae" else ""
-        shapes = model_folder.expected_shapes(part, getattr(config, part))
-        sizes[component] = 4 * sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(half))
-    return sizes
+def check_prompts(model: Path, config: ModelConfig, sizes: Sizes, recipe: str) -> None:
+    """Raises `UserError` when a prompt that the conversion itself runs is longer than `text_length`."""
+    prompts = [("generate", PROMPT)]
+    if recipe != "fp32":
+        prompts += [("generate", prompt) for prompt in CALIBRATION_PROMPTS]
+        if config.text.encoder == "minilm":
+            prompts += [("edit", prompt) for prompt in CALIBRATION_EDITS]
+    longest = max(text_parts.token_counts(model, config, prompts))
+    if longest > sizes.text_length:
+        raise UserError(
+            f"text_length is {sizes.text_length}; --recipe {recipe} with every component runs prompts of {longest} "
+            f"tokens, so it must be at least {longest}"
+        )
 
 
 def convert_all(
@@ -128,11 +121,17 @@ def convert_all(
     accelerators: bool = False,
 ) -> dict[str, Any]:
     """Converts, audits and compares the components into `folder`; returns the report."""
-    manifest = write_manifest(model, config, sizes, components, folder, recipe, target)
+    files = {component: f"{component}.tflite" for component in components}
+    more = {"format": FORMAT, "recipe": recipe, "target": target}
+    manifest = exports.write_manifest(model, config, sizes, files, folder, **more)
     rows = {}
     for component in components:
-        rows[component] = convert_one(component, model, config, sizes, folder, manifest)
+        row = rows[component] = convert_one(component, model, config, sizes, folder, manifest)
         gc.collect()
+        if component != "text" and (recipe == "int8_static" or sensitivity):
+            # Known only now: calibration keeps every activation of the graph.
+            needed = row["file_bytes"] + audit.preserved_bytes(folder / row["file"])
+            resources.check_memory(f"calibrating {component}", needed)
     if recipe != "fp32":
         quantize_all(folder, manifest, rows, recipe, calibration_samples, sensitivity)
     report = {
@@ -141,8 +140,9 @@ def convert_all(
         "recipe": recipe,
         "target": target,
         "sizes": dataclasses.asdict(sizes),
-        "attention_scores_bytes": attention_bytes(config, sizes),
     }
+    if "unet" in rows:
+        report["attention_scores_bytes"] = attention_bytes(config, sizes)
     found = {name: delegates.verdicts(folder / row["file"], accelerators=accelerators) for name, row in rows.items()}
     report["delegates"] = {name: [dataclasses.asdict(v) for v in answers] for name, answers in found.items()}
     report["delegates_table"] = delegates.table(found)
@@ -155,7 +155,6 @@ def convert_all(
         psnr = parity.picture_psnr(config, params, Runtime(folder), PROMPT)
         report["picture"] = {"prompt": PROMPT, "steps": 4, "psnr_db": min(psnr, 200.0), "floor_db": floor}
         passed = passed and psnr >= floor
-    report["peak_memory_bytes"] = peak_memory_bytes()
     report["passed"] = bool(passed)
     return report
 
@@ -187,7 +186,7 @@ def quantize_all(
         if sensitivity and calibration is not None and component != "text":
             chosen["sensitivity"] = quantize.sensitivity(floats, calibration, held_out)
         found = audit.audit(path)
-        compared = quantize.compare(path, held_out, parity.FLOORS[recipe])
+        compared = quantize.compare(path, held_out, parity.FLOORS[quantize.applied(component, recipe)])
         floats.unlink()
         row["quantized"] = {
             "file_bytes": found.file_bytes,
@@ -199,7 +198,6 @@ def quantize_all(
             **chosen,
         }
         row["faults"] += found.faults
-        row["peak_memory_bytes"] = peak_memory_bytes()
         gc.collect()
 
 
@@ -221,15 +219,16 @@ def convert_one(
     litert.convert(built, path, {"component": component, **metadata})
     ports = {"inputs": litert.describe(built.inputs), "outputs": litert.describe([built.output])}
     del built, params
-    seconds, peak = time.perf_counter() - begin, peak_memory_bytes()
+    seconds, peak = time.perf_counter() - begin, resources.peak_memory_bytes()
     found = audit.audit(path)
-    params, text = exports.load(component, model, config)
-    compared = parity.compare(component, config, sizes, params, folder, manifest, parity.FLOORS["fp32"], text)
+    load = functools.partial(exports.load, component, model, config)
+    converted = functools.partial(load_component, folder, manifest, component, threads=2)
+    compared = parity.compare(component, config, sizes, load, converted, parity.FLOORS["fp32"])
     return {
         "file": path.name,
         "file_bytes": found.file_bytes,
         "seconds": seconds,
-        "peak_memory_bytes": peak,  # without the comparison that follows
+        "peak_memory_so_far_bytes": peak,  # of the whole command until here, before this component is compared
         "predicted_run_bytes": found.file_bytes + audit.activation_bytes(path),
         "ops": found.ops,
         "faults": list(found.faults),
@@ -238,56 +237,35 @@ def convert_one(
     }
 
 
-def write_manifest(
-    model: Path, config: ModelConfig, sizes: Sizes, components: Sequence[str], folder: Path, recipe: str, target: str
-) -> dict[str, Any]:
-    """model.json of the runtime, and the tokenizer beside it."""
-    manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "config": to_dict(config),
-        "sizes": dataclasses.asdict(sizes),
-        "recipe": recipe,
-        "target": target,
-        "files": {component: f"{component}.tflite" for component in components},
-        "templates": {"generate": templates.GENERATE_TAG, "edit": templates.EDIT_TAG, "null": ""},
-        "mask_bias": MASK_BIAS,
-        "start_noise": "threefry2x32 of key (0, seed), counter = index; see conversion/noise.py",
-    }
-    if "text" in components:
-        manifest |= text_parts.write_tokenizer(model, config, folder)
-    (folder / "model.json").write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
-    return manifest
-
-
 def attention_bytes(config: ModelConfig, sizes: Sizes) -> dict[str, int]:
-    """Bytes of the largest self-attention's scores in float32: whole, and with the chunk of this export."""
+    """Bytes of the U-Net's largest attention scores in float32: whole, and with the chunk of this export."""
     unet, (h, w) = config.unet, sizes.latent(config)
     columns = 2 * w if unet.condition_layout == "width" else w
-    largest = (0, 0)
+    whole = exported = 0
     last = unet.levels - 1
     kinds = [*enumerate(unet.down_blocks), (last, "self_cross"), *((last - i, k) for i, k in enumerate(unet.up_blocks))]
     for level, kind in kinds:
-        tokens = (h >> level) * (columns >> level)
-        rows = tokens * unet.num_heads[level]
-        if kind == "self_cross" and rows * tokens > largest[0] * largest[1]:
-            largest = (rows, tokens)
-    rows, tokens = largest
-    chunk = min(sizes.attention_chunk or rows, rows)
-    return {"whole": 4 * sizes.batch * rows * tokens, "as_exported": 4 * sizes.batch * chunk * tokens}
+        tokens, heads = (h >> level) * (columns >> level), unet.num_heads[level]
+        groups = unet.num_kv_heads or heads  # of query heads that share keys; the chunk is rows of each
+        rows = tokens * heads // groups
+        chunk = min(sizes.attention_chunk or rows, rows)
+        for keys in {"plain": (), "cross": (sizes.text_length,), "self_cross": (tokens, sizes.text_length)}[kind]:
+            whole = max(whole, 4 * sizes.batch * groups * rows * keys)
+            exported = max(exported, 4 * sizes.batch * groups * chunk * keys)
+    return {"whole": whole, "as_exported": exported}
 
 
 def table(report: dict[str, Any]) -> str:
     """One line a component."""
-    widths = {"component": -12, "MB": 8, "run MB": 8, "ops": 6, "seconds": 8, "peak GB": 8, "max abs": 9, "rel rms": 9}
+    widths = {"component": -12, "MB": 8, "run MB": 8, "ops": 6, "seconds": 8, "max abs": 9, "rel rms": 9}
     lines = [" ".join(f"{name:{'<' if w < 0 else '>'}{abs(w)}}" for name, w in widths.items()) + "  floor"]
     for name, row in report["components"].items():
         shown = {**row, **row.get("quantized", {})}
         lines.append(
             f"{name:<12} {shown['file_bytes'] / 1e6:8.1f} {shown['predicted_run_bytes'] / 1e6:8.1f} "
             f"{sum(shown['ops'].values()):6d} {shown['seconds']:8.1f} "
-            f"{row['peak_memory_bytes'] / 1e9:8.2f} {shown['parity']['max_abs']:9.1e} "
-            f"{shown['parity']['relative_rms']:9.1e}  {'ok' if row_passed(row) else 'MISSED'}"
+            f"{shown['parity']['max_abs']:9.1e} {shown['parity']['relative_rms']:9.1e}  "
+            f"{'ok' if row_passed(row) else 'MISSED'}"
         )
         lines += [f"  fault: {fault}" for fault in row["faults"][:10]]
         lines += [
@@ -300,11 +278,12 @@ def table(report: dict[str, Any]) -> str:
             f"(floor {picture['floor_db']:g} dB)"
         )
     lines.append(report["delegates_table"])
-    scores = report["attention_scores_bytes"]
-    lines.append(
-        f"largest attention scores: {scores['as_exported'] / 1e6:.1f} MB as exported, "
-        f"{scores['whole'] / 1e6:.1f} MB whole"
-    )
+    if "attention_scores_bytes" in report:
+        scores = report["attention_scores_bytes"]
+        lines.append(
+            f"largest attention scores of the U-Net: {scores['as_exported'] / 1e6:.1f} MB as exported, "
+            f"{scores['whole'] / 1e6:.1f} MB whole"
+        )
     return "\n".join(lines)
 
 

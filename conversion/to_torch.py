@@ -17,7 +17,7 @@ from dreamlite_jax.config import ModelConfig
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.tensor_files import Stored, check_tensors, open_tensors, stored_tensors, write_streamed
 
-from . import diffusers_config, names, torch_files
+from . import diffusers_config, names, outputs, resources, torch_files
 from .torch_files import Tensors
 
 PARTS = {  # classes of a pipeline's parts, where a converted folder does not say otherwise
@@ -53,7 +53,10 @@ def convert(model: str | Path, output: str | Path) -> dict[str, Any]:
             "panels on width"
         )
     report = torch_files.new_report("to_torch", model, {"model": model, "output": output})
-    with model_folder.new_folder(output) as folder:
+    parts = [model / config.text.source / part for part in torch_files.TEXT_PARTS]
+    weights = [model / model_folder.weight_file(component) for component in model_folder.COMPONENTS]
+    resources.check_disk(resources.bytes_of([*weights, *parts]), Path(output))
+    with outputs.new_folder(Path(output)) as folder:
         for component in model_folder.COMPONENTS:
             if (model / model_folder.weight_file(component)).is_file():
                 _write_component(model, component, config, folder, report)

@@ -1,9 +1,6 @@
 """Checkpoints in the layouts of diffusers: which files hold which tensors, and the report of what was mapped."""
 
 import dataclasses
-import json
-import resource
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.json_files import write_json
 from dreamlite_jax.tensor_files import Shape, Stored, open_tensors, shards, stored_tensors
 
-from . import names
+from . import names, outputs, resources
 from .names import TorchTensor
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -138,35 +136,12 @@ def component_report(tensors: Tensors) -> dict[str, Any]:
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """report.json of a conversion, completed by versions and peak memory."""
-    full = {**report, "versions": versions(), "peak_memory_bytes": peak_memory()}
-    (folder / "report.json").write_text(json.dumps(full, indent=2) + "\n", "utf-8")
-
-
-def peak_memory() -> int:
-    """Most resident memory this process had, bytes. Linux's own `ru_maxrss` would begin with that of the parent."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        if "VmHWM" in lines:
-            return 1024 * int(lines["VmHWM"].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    full = {**report, "versions": versions(), "peak_memory_bytes": resources.peak_memory_bytes()}
+    write_json(folder / "report.json", full)
 
 
 def versions() -> dict[str, str]:
-    import flax
-    import jax
-    import safetensors
-
-    import dreamlite_jax
-
-    return {
-        "python": sys.version.split()[0],
-        "dreamlite_jax": dreamlite_jax.__version__,
-        "numpy": np.__version__,
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "safetensors": safetensors.__version__,
-    }
+    return outputs.versions("safetensors")
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -79,7 +79,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("graphs")
     for name, (_, weights, inputs, function) in GRAPHS.items():
         ports = tuple(
-            Port(i[0], i[1], "int32", "") if isinstance(i[0], str) else Port(f"x{k}", i, "float32", "")
+            Port(i[0], i[1], "int32", "", 128) if isinstance(i[0], str) else Port(f"x{k}", i, "float32", "")
             for k, i in enumerate(inputs)
         )
         shapes = [jax.ShapeDtypeStruct(port.shape, port.dtype) for port in ports]

@@ -1,5 +1,7 @@
 """Converted files: what is in them, and that the gates on them can fail."""
 
+import dataclasses
+import functools
 import json
 import shutil
 
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
-from conversion import audit, litert, parity, to_litert
+from conversion import audit, exports, litert, outputs, parity, quantize, resources, to_litert
 from conversion.graph import Graph, Port, Sizes
+from conversion.runtime import load_component
+from dreamlite_jax.config import ModelConfig
 from dreamlite_jax.errors import UserError
 
 COMPONENTS = ("unet", "vae_encoder", "vae_decoder", "text")
@@ -63,16 +67,23 @@ def test_a_file_of_other_weights_misses_the_floor(small_model, litert_model):
     params["decoder"]["layers_0"]["bias"] += 1e-3
     manifest = json.loads((litert_model / "model.json").read_text())
     sizes = Sizes(**manifest["sizes"])
+    converted = functools.partial(load_component, litert_model, manifest, "vae_decoder", 1)
     floor = parity.FLOORS["fp32"]
-    found = parity.compare("vae_decoder", config, sizes, params, litert_model, manifest, floor)
+    found = parity.compare("vae_decoder", config, sizes, lambda: (params, None), converted, floor)
     assert not found.passed
 
 
-def test_what_is_not_finite_never_passes():
-    good = [np.ones((2, 2), np.float32)]
-    bad = [np.array([[1, np.nan], [1, 1]], np.float32)]
-    assert parity.measure(good, good, parity.FLOORS["fp32"]).passed
-    assert not parity.measure(good, bad, parity.FLOORS["fp32"]).passed
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("recipe", ["fp32", "int8_static"])
+def test_what_is_not_finite_never_passes(recipe, value):
+    good, floor = np.ones((2, 2), np.float32), parity.FLOORS[recipe]
+    bad = np.array([[1, value], [1, 1]], np.float32)
+    assert parity.measure([good, good], [good, good], floor).passed
+    for found in ([bad, good], [good, bad]):
+        assert not parity.measure([good, good], found, floor).passed
+        assert not np.isfinite(parity.measure([good, good], found, floor).max_abs)
+    with np.errstate(invalid="ignore"):
+        assert not parity.measure([good, bad], [good, bad], floor).passed
 
 
 def test_a_missed_floor_is_exit_code_one(small_model, tmp_path, monkeypatch, capsys):
@@ -82,12 +93,19 @@ def test_a_missed_floor_is_exit_code_one(small_model, tmp_path, monkeypatch, cap
     assert code == 1
     assert "MISSED" in capsys.readouterr().out
     assert json.loads((output / "report.json").read_text())["passed"] is False
+    monkeypatch.undo()
+    again = ["--model", str(small_model), "--output", str(output), "--component", "vae_decoder", "--replace"]
+    assert to_litert.main(again) == 0  # as the quick start goes on after a missed floor
 
 
 @pytest.mark.parametrize(
     "flags, named",
     [
         (["--height", "40"], "height 40"),
+        (["--width", "0"], "width 0"),
+        (["--sensitivity"], "another --recipe than fp32"),
+        (["--text_length", "16"], r"text_length is 16; .* must be at least 17"),
+        (["--text_length", "30", "--recipe", "fp16"], r"must be at least \d\d"),
         (["--text_length", "99"], "text_length is 99"),
         (["--batch", "0"], "batch is 0"),
     ],
@@ -103,6 +121,21 @@ def test_a_folder_in_use_is_left_alone(small_model, tmp_path):
     with pytest.raises(UserError, match="not empty"):
         to_litert.main(["--model", str(small_model), "--output", str(tmp_path)])
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(UserError, match=r"mine\.txt is a file"):
+        to_litert.main(["--model", str(small_model), "--output", str(tmp_path / "mine.txt" / "below")])
+
+
+def test_replace_takes_the_place_and_leftovers_of_killed_processes_go(tmp_path):
+    output = tmp_path / "out"
+    for name in ("out/old", ".out.12345678.part/x", ".out.other.12345678.part/x"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("old")
+    with outputs.new_folder(output, replace=True) as folder, outputs.new_folder(output, replace=True) as second:
+        assert folder.is_dir() and second.is_dir()  # one that is being filled is no leftover
+        (folder / "new").write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.other.12345678.part"}
+    with pytest.raises(UserError, match="not empty"), outputs.new_folder(output):
+        pass
 
 
 def test_a_model_folder_without_a_component_is_refused(small_model, tmp_path, monkeypatch):
@@ -114,18 +147,56 @@ def test_a_model_folder_without_a_component_is_refused(small_model, tmp_path, mo
         to_litert.main(["--model", str(broken), "--output", str(tmp_path / "out")])
 
 
-def test_weights_beyond_memory_or_format_are_refused(tmp_path, monkeypatch):
+def test_weights_beyond_memory_or_format_are_refused(tmp_path, monkeypatch, capsys):
     weights = {"vae_decoder": 10**7, "unet": 10**9}
-    litert.check_resources({"vae_decoder": 10**5}, tmp_path / "new" / "folder")
-    monkeypatch.setattr(litert, "available_memory", lambda: 4 * 10**9)
-    with pytest.raises(UserError, match=r"unet takes 4\.7 GB of memory to convert; 4\.0 GB"):
-        litert.check_resources(weights, tmp_path)
-    monkeypatch.setattr(litert, "available_memory", lambda: None)
-    monkeypatch.setattr(litert, "available_disk", lambda folder: 10**9)
-    with pytest.raises(UserError, match=r"files take 1\.6 GB of disk; 1\.0 GB"):
-        litert.check_resources(weights, tmp_path)
+    exports.check_resources({"vae_decoder": 10**5}, tmp_path / "new" / "folder")
+    assert "0.7 GB of memory and 0.0 GB of disk" in capsys.readouterr().err
+    monkeypatch.setattr(resources, "available_memory", lambda: 4 * 10**9)
+    with pytest.raises(UserError, match=r"converting unet takes 4\.7 GB of memory; 4\.0 GB"):
+        exports.check_resources(weights, tmp_path)
+    monkeypatch.setattr(resources, "available_memory", lambda: None)
+    monkeypatch.setattr(resources, "available_disk", lambda folder: 15 * 10**8)
+    exports.check_resources(weights, tmp_path)
+    with pytest.raises(UserError, match=r"files take 1\.6 GB of disk; 1\.5 GB"):
+        exports.check_resources(weights, tmp_path, extra=0.55)
     with pytest.raises(UserError, match=r"unet has 3\.00 GB .* holds at most 2\.15 GB"):
-        litert.check_resources({"unet": 3 * 10**9}, tmp_path)
+        exports.check_resources({"unet": 3 * 10**9}, tmp_path, largest_file=litert.LARGEST_FILE)
+
+
+def test_the_memory_of_a_control_group_counts(tmp_path):
+    for name, text in {
+        "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n",
+        "proc/self/cgroup": "0::/some/group\n",
+        "sys/fs/cgroup/some/memory.max": "5000000\n",
+        "sys/fs/cgroup/some/memory.current": "3000000\n",
+        "sys/fs/cgroup/some/memory.stat": "anon 1\ninactive_file 1000000\n",
+        "sys/fs/cgroup/some/group/memory.max": "max\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert resources.available_memory(tmp_path) == 3_000_000
+    (tmp_path / "proc/self/cgroup").unlink()
+    assert resources.available_memory(tmp_path) == 8000 * 1024
+
+
+def test_the_largest_scores_are_those_of_any_attention():
+    """At 1024 pixels cross-attention of the first level, which has no self-attention, beats what lies below."""
+    config, sizes = ModelConfig(), Sizes(1024, 1024, 512)
+    unet, tokens = config.unet, 128 * 256
+    assert (unet.down_blocks[0], unet.num_kv_heads) == ("cross", 1)
+    whole = 4 * tokens * unet.num_heads[0] * 512
+    assert to_litert.attention_bytes(config, sizes) == {"whole": whole, "as_exported": whole}
+    sizes = dataclasses.replace(sizes, attention_chunk=100)
+    shared = to_litert.attention_bytes(config, sizes)["as_exported"]
+    config = dataclasses.replace(config, unet=dataclasses.replace(unet, num_kv_heads=None))
+    assert to_litert.attention_bytes(config, sizes)["as_exported"] > shared  # a chunk of every head
+
+
+@pytest.mark.parametrize("recipe, others", [("int8_dynamic", "int8_dynamic"), ("int4_weights", "fp16")])
+def test_parts_that_a_recipe_casts_are_judged_as_casts(recipe, others):
+    assert quantize.applied("unet", recipe) == quantize.applied("vae_decoder", recipe) == others
+    assert {quantize.applied("text", recipe), others} == {recipe, "fp16"}
+    assert quantize.applied("text", "int8_static") == quantize.applied("text", "fp16") == "fp16"
 
 
 # --- the audit's negative controls

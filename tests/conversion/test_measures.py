@@ -1,22 +1,28 @@
 """The commands that time and score converted files."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conversion import latency, npu, score
+from conversion import delegates, latency, npu, score
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.evals import sprites
 
 
 def test_latency_prints_its_protocol_and_the_median(litert_model, tmp_path, capsys):
-    output = tmp_path / "latency.json"
-    flags = ["--run", f"ours={litert_model}", "--calls", "3", "--threads", "1", "--sample", "1", "4", "8", "4"]
+    output = tmp_path / "new" / "latency.json"
+    flags = ["--run", f"ours={litert_model}", "--calls", "3", "--threads", "1"]
     assert latency.main([*flags, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert "canvas [1, 4, 8, 4]" in printed and "1 threads" in printed and "median of 3" in printed
+    assert (
+        "canvas [1, 4, 8, 4] (NHWC), text length 48" in printed and "1 threads" in printed and "median of 3" in printed
+    )
     row = json.loads(output.read_text())["runs"]["ours"]
     assert len(row["seconds"]) == 3 and min(row["seconds"]) <= row["median"] <= max(row["seconds"])
     assert row["kind"] == "litert" and row["peak_memory_bytes"] > 0
@@ -28,12 +34,57 @@ def test_latency_prints_its_protocol_and_the_median(litert_model, tmp_path, caps
         (["--run", "ours"], "NAME=DIR"),
         (["--run", "ours=/nowhere"], r"unet\.tflite"),
         (["--run", "ours={}", "--calls", "0"], "--calls is 0"),
-        (["--run", "ours={}"], r"its canvas is \[1, 4, 8, 4\]"),
+        (["--run", "ours={}", "--sample", "1", "64", "128", "4"], r"ours: its canvas is \[1, 4, 8, 4\]"),
+        (["--run", "ours={}", "--text_length", "12"], r"ours: its text length is 48; that of the command line is 12"),
+        (["--run", "ours={}", "--run", "ours={}"], "the name ours is taken"),
+        (["--run", "torch={torch}"], "give --sample and --text_length"),
+        (["--run", "ours={}", "--output", "{torch}/unet/config.json/x"], "json is a file"),
     ],
 )
-def test_latency_of_what_cannot_be_timed(litert_model, flags, named):
+def test_latency_of_what_cannot_be_timed(litert_model, tmp_path, monkeypatch, flags, named):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
+    monkeypatch.setattr(latency, "measure_apart", None)  # nothing is timed before the message
     with pytest.raises(UserError, match=named):
-        latency.main([flag.format(litert_model) for flag in flags])
+        latency.main([flag.format(litert_model, torch=tmp_path) for flag in flags])
+
+
+def test_other_processes_start_in_an_installation_too(litert_model, tmp_path):
+    """The folders as setup.cfg maps them, not the checkout: dreamlite_jax/types.py must not hide Python's."""
+    root = Path(latency.__file__).parents[1]
+    leave_out = shutil.ignore_patterns("assets", "__pycache__")
+    shutil.copytree(root / "dreamlite_jax", tmp_path / "dreamlite_jax", ignore=leave_out)
+    shutil.copytree(root / "conversion", tmp_path / "dreamlite_jax" / "conversion", ignore=leave_out)
+    command = [
+        sys.executable,
+        "-m",
+        "dreamlite_jax.conversion.latency",
+        "--run",
+        f"ours={litert_model}",
+        "--calls",
+        "1",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ours " in done.stdout
+
+
+def test_scores_that_cannot_be_made(litert_model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for flags, named in (
+        (["--threads", "-1"], "threads is -1"),
+        (["--output", str(tmp_path)], "is a folder"),
+        (["--output", str(tmp_path / "file" / "x.json")], "file is a file"),
+    ):
+        with pytest.raises(UserError, match=named):
+            score.main(["--model", str(litert_model), *flags])
+
+
+def test_a_chip_that_does_not_exist(litert_model):
+    with pytest.raises(UserError, match=r"'NONSENSE' is unknown; it must be one of .*SM8750"):
+        delegates.main(["--model", str(litert_model), "--rules", "--npu_soc", "NONSENSE"])
 
 
 class Scored:

@@ -1,4 +1,4 @@
-"""The name table is a bijection onto the torch keys, the layouts are each other's inverse, and nothing else maps."""
+"""The name table maps onto the torch keys, the layouts are each other's inverse, and nothing else maps."""
 
 import dataclasses
 import math
@@ -45,28 +45,24 @@ def test_names_and_shapes_are_those_of_diffusers(name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_table_is_a_bijection(name):
+def test_no_two_paths_have_one_key(name):
     component, config = ARCHITECTURES[name]
     table, shapes = TABLES[component], expected_shapes(component, config)
     keys = {path: table.to_torch(path) for path in shapes}
     assert len(set(keys.values())) == len(keys)
-    assert all(table.to_ours(key) == path for path, key in keys.items())
 
 
 @pytest.mark.parametrize(("half", "table"), [("encoder", names.TAESD_ENCODER), ("decoder", names.TAESD_DECODER)])
-def test_the_original_taesd_is_a_bijection_too(half, table):
+def test_nor_in_the_original_taesd(half, table):
     paths = [path for path in expected_shapes("vae", VAEConfig()) if path.startswith(half)]
     keys = {path: table.to_torch(path) for path in paths}
     assert len(set(keys.values())) == len(paths) == 67
-    assert all(table.to_ours(key) == path for path, key in keys.items())
 
 
 def test_the_original_decoder_counts_its_clamp():
     assert names.TAESD_ENCODER.to_torch("encoder/layers_0/kernel") == "0.weight"
     assert names.TAESD_DECODER.to_torch("decoder/layers_0/kernel") == "1.weight"
-    assert names.TAESD_DECODER.to_ours("3.conv.2.bias") == "decoder/layers_2/conv_2/bias"
-    with pytest.raises(UserError, match=r"'0\.weight' is not one of the original TAESD decoder"):
-        names.TAESD_DECODER.to_ours("0.weight")
+    assert names.TAESD_DECODER.to_torch("decoder/layers_2/conv_2/bias") == "3.conv.2.bias"
 
 
 UNKNOWN_PATHS = [
@@ -79,28 +75,12 @@ UNKNOWN_PATHS = [
     "",
     "conv_in/kernel/kernel",
 ]
-UNKNOWN_KEYS = [
-    "conv_in.scale",
-    "down_blocks.0.resnets.01.norm1.weight",
-    "down_blocks_0.resnets.0.norm1.weight",
-    "encoder_hid_proj.2.weight",
-    "time_embedding.cond_proj.weight",
-    "conv_in.weight.x",
-    "weight",
-]
 
 
 @pytest.mark.parametrize("path", UNKNOWN_PATHS)
 def test_other_paths_have_no_torch_name(path):
-    assert not names.UNET.covers(path)
     with pytest.raises(UserError, match="has no name in diffusers DreamLiteUNetModel"):
         names.UNET.to_torch(path)
-
-
-@pytest.mark.parametrize("key", UNKNOWN_KEYS)
-def test_other_keys_are_none_of_ours(key):
-    with pytest.raises(UserError, match="is not one of diffusers DreamLiteUNetModel"):
-        names.UNET.to_ours(key)
 
 
 LAYOUTS = {  # ours: (path, shape, torch shape)

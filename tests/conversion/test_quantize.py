@@ -56,6 +56,18 @@ def test_static_keeps_embeddings_and_ends_in_float(litert_model, visited, tmp_pa
     assert len(integers) > len(floats)
 
 
+def test_calibration_beyond_memory_is_refused(litert_model, small_model, tmp_path, monkeypatch):
+    """All activations together are more than those that are alive at once, which a run takes."""
+    path = litert_model / "vae_decoder.tflite"
+    assert audit.preserved_bytes(path) > 2 * audit.activation_bytes(path)
+    row = {"file": path.name, "file_bytes": path.stat().st_size}
+    monkeypatch.setattr(to_litert, "convert_one", lambda *_: row)
+    monkeypatch.setattr(audit, "preserved_bytes", lambda _: 10**15)
+    flags = ["--recipe", "int8_static", "--target", "npu"]
+    with pytest.raises(UserError, match=r"calibrating unet takes 1000000\.0 GB of memory"):
+        to_litert.main(["--model", str(small_model), "--output", str(tmp_path / "out"), *flags])
+
+
 def test_sensitivity_names_the_modules_that_lose_most(litert_model, visited):
     calibration, held_out = visited["vae_decoder"].split(calibration=2)
     rows = quantize.sensitivity(litert_model / "vae_decoder.tflite", calibration, held_out)
@@ -63,6 +75,24 @@ def test_sensitivity_names_the_modules_that_lose_most(litert_model, visited):
     assert losses == sorted(losses, reverse=True) and losses[0] > 0
     assert sum(row["operations"] for row in rows) == 16
     assert not list(litert_model.glob(".*.part"))
+
+
+def test_a_clip_that_spoils_a_file_does_not_win(litert_model, visited, tmp_path, monkeypatch):
+    """A NaN in any sample but the first is no smaller loss than a number."""
+    samples = visited["vae_decoder"].spread(2)
+    calls = iter(range(10))
+
+    def load(*_):
+        def run(**inputs):
+            return samples.outputs[next(calls)] * np.float32(np.nan if next(spoiled) else 1.5)
+
+        return run
+
+    spoiled = iter([False, True])
+    monkeypatch.setattr(quantize, "load_component", load)
+    assert quantize.relative_rms(tmp_path / "any.tflite", samples) == np.inf
+    calls, spoiled = iter(range(10)), iter([False, False])
+    assert quantize.relative_rms(tmp_path / "any.tflite", samples) == pytest.approx(0.5)
 
 
 def test_text_states_of_padding_do_not_count(visited):
@@ -79,6 +109,7 @@ def test_the_command_writes_a_quantised_folder(small_model, tmp_path):
     for row in report["components"].values():
         assert row["quantized"]["file_bytes"] < row["file_bytes"]
         assert row["quantized"]["parity_on"] == "inputs of the sampler"
+    assert not {"peak_memory_bytes"} & set(report["components"]["unet"]) and report["peak_memory_bytes"] > 0
     assert report["picture"]["psnr_db"] >= parity.FLOORS["fp16"].psnr_db
     names = {path.name for path in output.iterdir()}
     assert names == {f"{c}.tflite" for c in report["components"]} | {"model.json", "report.json", "tokenizer.json"}

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conversion import runtime
+from conversion import exports, graph, litert, runtime
+from conversion.graph import Sizes
 from conversion.runtime import Runtime
-from dreamlite_jax import load_model, pictures
+from dreamlite_jax import load_model, model_folder, pictures
 from dreamlite_jax.diffusion import guidance
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models import blocks
@@ -35,6 +36,19 @@ def picture(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def rows_of_two(small_model, tmp_path_factory):
+    """The same model in graphs of two rows."""
+    folder, config = tmp_path_factory.mktemp("litert"), model_folder.load_config(small_model)
+    sizes = Sizes(32, 32, 48, batch=2)
+    files = {component: f"{component}.tflite" for component in graph.COMPONENTS}
+    exports.write_manifest(small_model, config, sizes, files, folder, format=runtime.FORMAT)
+    for component, file in files.items():
+        params, text = exports.load(component, small_model, config)
+        litert.convert(graph.build(component, config, params, sizes, text), folder / file, {})
+    return folder
+
+
 def test_the_same_picture_for_the_same_seed_and_prompt(litert_model, jax_model):
     wanted = jax_model.generate([PROMPT], seeds=[7])[0]
     found = Runtime(litert_model, threads=1).generate(PROMPT, seed=7)
@@ -44,12 +58,14 @@ def test_the_same_picture_for_the_same_seed_and_prompt(litert_model, jax_model):
     assert pictures.psnr(wanted, np.clip(other, -1, 1)) < 40  # negative control
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_the_same_edit(litert_model, jax_model, picture, guidance_scale):
+# Three branches of guidance in three calls, or in two with a row to spare.
+@pytest.mark.parametrize("folder, guidance_scale", [("litert_model", 1.0), ("litert_model", 3.0), ("rows_of_two", 3.0)])
+def test_the_same_edit(request, jax_model, picture, folder, guidance_scale):
     source = pictures.read_picture(picture)
     options = dict(guidance_scale=guidance_scale, image_guidance_scale=1.25, steps=3)
     wanted = jax_model.generate(["make it blue"], images=[source], seeds=[3], **options)[0]
-    found = Runtime(litert_model, threads=1).generate("make it blue", source, seed=3, **options)
+    folder = request.getfixturevalue(folder)
+    found = Runtime(folder, threads=1).generate("make it blue", source, seed=3, **options)
     assert pictures.psnr(wanted, np.clip(found, -1, 1)) >= 60
 
 
@@ -97,6 +113,7 @@ def test_branches_combine_as_in_the_sampler(count):
         (dict(prompt="word " * 60), "the limit is 48"),
         (dict(prompt="x", seed=-1), "seed"),
         (dict(prompt="x", steps=0), "steps"),
+        (dict(prompt="x", guidance_scale=np.nan), "guidance_scale is nan; it must be a finite"),
         (dict(prompt="x", image=np.zeros((8, 8, 3), np.float32)), "image has shape"),
     ],
 )
@@ -106,6 +123,8 @@ def test_bad_input_is_named(litert_model, options, named):
 
 
 def test_folders_that_are_not_converted_models(litert_model, small_model, tmp_path):
+    with pytest.raises(UserError, match="threads is -1"):
+        Runtime(litert_model, threads=-1)
     for folder, named in ((tmp_path, "no model.json"), (small_model, "format")):
         with pytest.raises(UserError, match=named):
             Runtime(folder)
@@ -114,6 +133,8 @@ def test_folders_that_are_not_converted_models(litert_model, small_model, tmp_pa
     (partial / "unet.tflite").unlink()
     with pytest.raises(UserError, match=r"unet\.tflite"):
         Runtime(partial, threads=1).generate(PROMPT)
+    shutil.copy(litert_model / "unet.tflite", partial)
+    (partial / "tokenizer.json").unlink()  # as a folder without text has none
     manifest = json.loads((partial / "model.json").read_text())
     del manifest["files"]["text"]
     (partial / "model.json").write_text(json.dumps(manifest))

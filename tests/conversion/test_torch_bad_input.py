@@ -11,7 +11,7 @@ import pytest
 import released_folder
 from torch_layouts import random_tensors, read_all, write_component, write_json, write_pipeline, write_taesd
 
-from conversion import diffusers_config, from_torch, sources, to_torch, torch_files
+from conversion import diffusers_config, from_torch, resources, sources, to_torch, torch_files
 from dreamlite_jax import cli
 from dreamlite_jax.tensor_files import write_tensors
 
@@ -181,6 +181,25 @@ def test_a_hub_id_without_network(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}")
     code, error = run_command(from_torch.main, argv, capsys)
     assert code == 2 and "the hub cannot be reached" in error
+
+
+def test_the_output_is_looked_at_before_anything_is_downloaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sources, "download", None)
+    (tmp_path / "out").write_text("x")
+    for output, message in ((tmp_path / "out", "is a file"), (tmp_path / "out" / "below", "out is a file")):
+        argv = ["--source", "carlofkl/DreamLite-base", "--output", str(output)]
+        code, error = run_command(from_torch.main, argv, capsys)
+        assert code == 2 and message in error
+
+
+def test_more_than_the_disk_holds_is_refused(tmp_path, capsys, monkeypatch):
+    model, source = converted(tmp_path), tmp_path / "theirs"
+    monkeypatch.setattr(resources, "available_disk", lambda folder: 1000)
+    out = ["--output", str(tmp_path / "out")]
+    for main, argv in ((from_torch.main, ["--source", str(source)]), (to_torch.main, ["--model", str(model)])):
+        code, error = run_command(main, argv + out, capsys)
+        assert code == 2 and "of disk; 0.0 GB are free" in error
+    assert not list(tmp_path.glob("*out*"))
 
 
 @pytest.mark.parametrize(
