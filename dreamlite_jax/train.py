@@ -29,6 +29,7 @@ OWN = {  # what a run leaves in its workdir
     "model",
 }
 PARTIAL_EXPORT = ".model."  # what `model_folder.new_folder` calls "model" while it is being written
+PROBE = ".preflight."  # how the folder begins in which launch/preflight.py tries whether it can write
 
 
 def stage_class(config: TrainConfig) -> type:
@@ -75,7 +76,7 @@ def check_workdir(workdir: Path) -> None:
     """Raises `UserError` unless the folder can be written and holds at most a run of this command. Creates nothing."""
     cli.check_writable("--workdir", workdir)
     names = {path.name for path in workdir.iterdir()} if workdir.exists() else set()
-    foreign = {name for name in names - OWN if not name.startswith(PARTIAL_EXPORT)}
+    foreign = {name for name in names - OWN if not name.startswith((PARTIAL_EXPORT, PROBE))}
     if foreign:
         raise UserError(
             f"--workdir {workdir} holds {min(foreign)!r}, which no run of this command made; use an empty folder, "
@@ -84,10 +85,11 @@ def check_workdir(workdir: Path) -> None:
 
 
 def prepare_workdir(workdir: Path) -> None:
-    """Creates the folder, and clears away the export that a kill cut short."""
+    """Creates the folder, and clears away what kills cut short: an export, or a preflight."""
     workdir.mkdir(parents=True, exist_ok=True)
-    for partial in workdir.glob(f"{PARTIAL_EXPORT}*"):
-        shutil.rmtree(partial, ignore_errors=True)  # another process of this run may be at it too
+    for beginning in (PARTIAL_EXPORT, PROBE):
+        for partial in workdir.glob(f"{beginning}*"):
+            shutil.rmtree(partial, ignore_errors=True)  # another process of this run may be at it too
 
 
 def main(argv: Sequence[str] | None = None) -> int:

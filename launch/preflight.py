@@ -11,7 +11,6 @@ Exit codes: 0 all is well; 1 a check failed, and those after it that need it wer
 """
 
 import argparse
-import contextlib
 import math
 import os
 import shutil
@@ -24,7 +23,7 @@ from typing import Any
 
 from dreamlite_jax import cli
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.train import build_stage, check_workdir, parse
+from dreamlite_jax.train import PROBE, build_stage, check_workdir, parse
 from dreamlite_jax.training.config import TrainConfig
 
 
@@ -66,12 +65,15 @@ def devices(config: TrainConfig) -> tuple[str, Any]:
 
 
 def storage(workdir: Path) -> tuple[str, None]:
-    """Writes a file in a new folder, renames the folder as checkpoints are, reads it back, and removes it."""
+    """Writes a file in a new folder, renames the folder as checkpoints are, reads it back, and removes it.
+
+    All hosts of a pod do so at once; each has a folder of its own, in the workdir or where it will be made.
+    """
     check_workdir(workdir)
-    made = [path for path in (workdir, *workdir.parents) if not path.exists()]
-    workdir.mkdir(parents=True, exist_ok=True)
-    name = f".preflight.{uuid.uuid4().hex}"
-    before, after = workdir / f"{name}.tmp", workdir / name
+    workdir = workdir.absolute()
+    place = next(path for path in (workdir, *workdir.parents) if path.exists())
+    name = f"{PROBE}{uuid.uuid4().hex}"
+    before, after = place / f"{name}.tmp", place / name
     content = os.urandom(2**20)
     try:
         before.mkdir()
@@ -82,10 +84,7 @@ def storage(workdir: Path) -> tuple[str, None]:
     finally:
         shutil.rmtree(before, ignore_errors=True)
         shutil.rmtree(after, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another host may be in there
-            for path in made:
-                path.rmdir()
-    return f"{workdir} can be written and renamed in", None
+    return f"{place} can be written and renamed in", None
 
 
 def data(config: TrainConfig) -> tuple[str, Any]:

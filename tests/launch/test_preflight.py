@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dreamlite_jax import train
 from dreamlite_jax.assets import SPRITES_VAE
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.data import latents
@@ -75,6 +76,28 @@ def test_a_batch_that_the_devices_cannot_share(preflight):
 def test_a_workdir_of_something_else(preflight):
     code, verdicts, said = preflight("--config.mesh.fsdp=3", workdir="latents")
     assert code == 1 and verdicts["storage"] == "FAILED" and verdicts["batch"] == "ok", said
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_hosts_side_by_side_try_one_workdir(tmp_path, monkeypatch, made):
+    """Another host comes and goes while one is at it, and one that was killed has left its folder."""
+    module, workdir, seen = load("preflight"), tmp_path / "runs" / "joint", []
+    if made:
+        (workdir / ".preflight.killed.tmp").mkdir(parents=True)
+    before, rename = sorted(tmp_path.rglob("*")), module.os.rename
+
+    def meeting(*paths):
+        if not seen:
+            seen.append(paths)
+            module.storage(workdir)
+        rename(*paths)
+
+    monkeypatch.setattr(module.os, "rename", meeting)
+    module.storage(workdir)
+    assert seen and sorted(tmp_path.rglob("*")) == before
+    train.check_workdir(workdir)
+    train.prepare_workdir(workdir)
+    assert list(workdir.iterdir()) == []
 
 
 def test_data_that_are_not_numbers(preflight):
