@@ -13,6 +13,7 @@
 #   TPU_TYPE               such as v5litepod-16, v6e-256
 #   SLICES                 1
 #   CONFIG WORKDIR         such as configs/dreamlite.py:t2i_256 and /gcs/runs/t2i_256
+#                          (compiled programs are kept beside it, in .jax_cache)
 #   STORAGE                name of the storage attached by xpk storage attach --type=gcsfuse --mount-point=/gcs
 #   TRAIN_ARGS             further arguments, such as "--config.mesh.fsdp=16"
 #   IMAGE                  base image (python:3.11); xpk puts this folder into it
@@ -29,7 +30,8 @@ xpk_() { do_run xpk workload "$@" --project="$PROJECT" --zone="$ZONE" --cluster=
 
 submit() {
   want PROJECT ZONE CLUSTER WORKLOAD TPU_TYPE CONFIG WORKDIR STORAGE
-  local train options=()
+  local train cache options=()
+  cache=$(quoted "$(dirname "$WORKDIR")/.jax_cache") # beside the workdir: a pod's own disk goes with the pod
   # shellcheck disable=SC2086 # TRAIN_ARGS is a list of words
   train=$(quoted --config "$CONFIG" --workdir "$WORKDIR" ${TRAIN_ARGS:-})
   [ -z "${SECRETS_FILE:-}" ] || options+=(--env-file="$SECRETS_FILE")
@@ -37,7 +39,7 @@ submit() {
     --base-docker-image="${IMAGE:-python:3.11}" --script-dir="$PWD" --storage="$STORAGE" \
     --max-restarts="${MAX_RESTARTS:-50}" --restart-on-exit-codes="$RETRY_CODE" \
     --termination-grace-period-seconds=300 "${options[@]}" \
-    --command="launch/setup.sh tpu && . launch/env.sh && exec \$VENV/bin/python -m dreamlite_jax.train $train"
+    --command="launch/setup.sh tpu && . launch/env.sh && export JAX_COMPILATION_CACHE_DIR=$cache && exec \$VENV/bin/python -m dreamlite_jax.train $train"
 }
 
 monitor() {
