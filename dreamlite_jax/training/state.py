@@ -76,12 +76,15 @@ def make_step(
         one = jax.value_and_grad(parts.mean_loss, has_aux=True)
         rows = sharding.microbatches(parts.draw(batch, key), accumulate)
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            return sharding.like_state(jax.tree.map(jnp.add, total, owned(one(whole, part)))), None
+        def mean(whole: Any, rows: Any) -> Any:
+            def add(total: Any, part: Any) -> tuple[Any, None]:
+                return sharding.like_state(jax.tree.map(jnp.add, total, owned(one(whole, part)))), None
 
-        shapes = jax.eval_shape(lambda part: owned(one(whole, part)), jax.tree.map(lambda x: x[0], rows))
-        total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), rows)
-        return jax.tree.map(lambda x: x / accumulate, total)
+            shapes = jax.eval_shape(lambda part: owned(one(whole, part)), jax.tree.map(lambda x: x[0], rows))
+            total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), rows)
+            return jax.tree.map(lambda x: x / accumulate, total)
+
+        return sharding.mean_over_data(mean)(whole, rows)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
