@@ -153,9 +153,7 @@ def mean_over_data(function: Callable[..., Any]) -> Callable[..., Any]:
     def averaged(tree: Any, rows: Any) -> Any:
         return jax.tree.map(lambda x: jax.lax.pmean(x, "data"), function(tree, rows))
 
-    return jax.shard_map(
-        averaged, in_specs=(P(), P(None, "data")), out_specs=P(), axis_names={"data"}, check_vma=False
-    )
+    return jax.shard_map(averaged, in_specs=(P(), P(None, "data")), out_specs=P(), axis_names={"data"}, check_vma=False)
 
 
 # --- outside: state made where it belongs, and brought together

@@ -114,6 +114,24 @@ def test_a_step_compiles_for_a_tpu_without_one(tmp_path):
     assert sums["reduce-scatter"][1] == sums["all-gather"][1] > 1e6
 
 
+@needs_libtpu
+@pytest.mark.slow
+def test_slices_exchange_gradients_once_a_step(tmp_path):
+    """What crosses the data centre's network is sent and received; none of it stands in the loop over the parts."""
+    program = tmp_path / "program.txt"
+    overrides = ("--config.mesh.fsdp=4", "--config.accumulate=4", "--config.dtype=bfloat16")
+    config = ("--config", f"{Path(__file__).parent}/pod_config.py", "--config.data.batch_size=32")
+    done = run(*config, "--topology", "v5e:2x2", "--slices", "2", "--program", str(program), *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    computation, sent = "", set()
+    for line in program.read_text().splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            computation = line.split()[0]
+        if " send(" in line:
+            sent.add(computation)
+    assert sent == {"ENTRY"}
+
+
 SMALL_JUDGES = """
 import runpy, sys
 from dreamlite_jax.models.qwen_vl.config import QwenVLConfig, TextTowerConfig, VisionTowerConfig
