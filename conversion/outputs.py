@@ -12,7 +12,6 @@ from pathlib import Path
 
 import dreamlite_jax
 from dreamlite_jax import cli
-from dreamlite_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -55,11 +54,8 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 def check_file(path: Path | None) -> None:
     """Raises `UserError` unless the file of --output can be written, if one is asked for."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder; name a file in it")
-    cli.check_writable("--output", path.parent)
+    if path is not None:
+        cli.check_file("--output", path)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -53,6 +53,13 @@ def check_writable(name: str, folder: Path) -> None:
         raise UserError(f"{name} {folder} cannot be written: no permission in {nearest}; choose another folder")
 
 
+def check_file(name: str, path: Path) -> None:
+    """Raises `UserError` unless a file can be written to `path`, its folder made if need be; creates nothing."""
+    if path.is_dir():
+        raise UserError(f"{name} {path} is a folder; name a file in it")
+    check_writable(name, path.parent)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Calls `main` and exits the process: 0 or its return value, 2 with one line on stderr after a `UserError`.
 

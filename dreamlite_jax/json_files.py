@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON in two-space lines, making the folder; the file appears whole or not at all."""
+    """Writes JSON in two-space lines, paths as text, making the folder; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # several hosts may write it at once
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+        temporary.write_text(json.dumps(value, indent=2, default=os.fspath) + "\n", "utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

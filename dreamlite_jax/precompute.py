@@ -5,7 +5,6 @@ processes) share the work through --host I --hosts N, each taking every N-th sha
 out and named in DIR/bad_records/host_I.jsonl.
 """
 
-import hashlib
 import itertools
 import json
 import sys
@@ -30,7 +29,8 @@ from dreamlite_jax.data.mixture import refusals, source_sizes
 from dreamlite_jax.data.reading import BadRecords, log_path
 from dreamlite_jax.data.sources import BadRecord, Source, open_source
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.json_files import read_json
+from dreamlite_jax.json_files import read_json, write_json
+from dreamlite_jax.tensor_files import sha256_of
 from dreamlite_jax.text.cache import load_remembering
 from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest, null_tails
 from dreamlite_jax.training.config import PrecomputeConfig, load_config
@@ -108,7 +108,7 @@ def precompute(config: PrecomputeConfig, output: Path, host: int = 0, hosts: int
     source = open_source(config.source)
     sizes = source_sizes(config.buckets, [source])
     vae_file = vae_path(config.vae)
-    made_of = {"config": to_dict(config), "vae_sha256": sha256(vae_file), "records": len(source)}
+    made_of = {"config": to_dict(config), "vae_sha256": sha256_of([vae_file]), "records": len(source)}
     refuse_other(output, made_of)
     count = -(-len(source) // config.shard_size)
     several = len(sizes) > 1
@@ -260,22 +260,10 @@ class Progress:
             self._printed = now
 
 
-def sha256(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"config.vae: {path} does not exist; it must be an autoencoder file made by configs/vae.py")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def write_array(path: Path, array: np.ndarray) -> None:
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several hosts may get here at the same moment
     with temporary.open("wb") as file:
         np.save(file, array)
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # several hosts may get here at the same moment
-    temporary.write_text(json.dumps(value, indent=1))
     temporary.replace(path)
 
 

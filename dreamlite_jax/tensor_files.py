@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -180,3 +181,15 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     """' (nearest: X)' for the candidate most like `name`, if any is."""
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     return f" (nearest: {near[0]})" if near else ""
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """The hexadecimal sha256 of files, one after the other; a `UserError` names one that does not exist."""
+    digest = hashlib.sha256()
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist")
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()

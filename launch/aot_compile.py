@@ -14,7 +14,6 @@ Exit codes: 0 it fits; 1 it does not, or it moves activations between chips (all
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 from dreamlite_jax import cli
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.json_files import write_json
 from dreamlite_jax.training.config import ACCUMULATING, TrainConfig, load_config
 
 OVERRIDE = "--config."
@@ -181,6 +181,7 @@ def compile_step(config: TrainConfig, devices: list, size: tuple[int, int], dump
     sec = time.monotonic() - started
     program = compiled.as_text()
     if dump:
+        dump.parent.mkdir(parents=True, exist_ok=True)
         dump.write_text(program)
     found = compiled.memory_analysis()
     memory = Memory(
@@ -279,6 +280,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
     args = parser.parse_args([a for a in argv if not a.startswith(OVERRIDE)])
     if args.slices < 1:
         raise UserError(f"--slices is {args.slices}; it must be at least 1")
+    for name in ("program", "report"):
+        if path := getattr(args, name):
+            cli.check_file(f"--{name}", path)
     return args, load_config(args.config, overrides)
 
 
@@ -307,9 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = compile_batch(config.data.batch_size)
     if args.report:
         found = {**vars(args), **dataclasses.asdict(report), "needed": report.needed, "config": to_dict(config)}
-        temporary = args.report.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=1, default=str))
-        temporary.replace(args.report)
+        write_json(args.report, found)
     return 0 if report.fits and "all-to-all" not in report.collectives else 1
 
 

@@ -10,7 +10,6 @@ with threads and with processes, theirs with worker processes. Needs torch (`pip
 
 import dataclasses
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,5 +80,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     cli.run(main)

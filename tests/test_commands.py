@@ -121,6 +121,9 @@ def refused(capsys, main, argv) -> str:
         ("precompute", {"--config.source.path=nowhere": ""}, "source nowhere: no such folder"),
         ("precompute", {"--config.source.path=used": ""}, "no finished dataset at used"),
         ("precompute", {"--host": "2", "--hosts": "2"}, "--host 2 is not below --hosts 2"),
+        ("sprites", {"--data_dir": "file"}, "--data_dir .*file cannot be made: .*file is a file"),
+        ("sprites", {"--size": "65"}, "size is 65; a multiple of 64"),
+        ("sprites", {"--train": "0"}, r"counts\['train'\] is 0; a positive integer"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(root, capsys, command, change, says):

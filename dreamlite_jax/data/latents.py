@@ -26,7 +26,6 @@ from dreamlite_jax.json_files import read_json
 from dreamlite_jax.training.config import SourceConfig
 
 FORMAT = 1
-LOOKED_AT = 1000  # records, to find some that are alike
 BUCKETS = "buckets.npy"  # the bucket of each record, where a folder has several
 
 
@@ -198,7 +197,7 @@ def no_fields(text: str) -> dict[str, np.ndarray]:
 def first_examples(source: SourceConfig, count: int) -> list[Example]:
     """The first examples of a folder that have one size and task, for a picture of them."""
     records, found = open_examples(source.path), []
-    for i in range(min(LOOKED_AT, len(records))):
+    for i in range(min(reading.LOOKED_AT, len(records))):
         try:
             example = unpack(records[i])
         except Exception:  # a damaged record; training names it

@@ -27,7 +27,6 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest, null_tails
 from dreamlite_jax.training.config import BucketConfig, DataConfig, SourceConfig
 
-LOOKED_AT = 1000  # records, to find some that are alike
 GROUP = 8  # samples that a worker reads in one go
 AHEAD = 2  # batches read ahead of the one in use
 
@@ -130,7 +129,7 @@ def first_items(config: SourceConfig, buckets: BucketConfig, count: int) -> tupl
     """The first samples of a raw source that have one bucket and task, and its size, for a picture of them."""
     source = open_source(config)
     sizes, found, kind = source_sizes(buckets, [source]), [], None
-    for index in range(min(LOOKED_AT, len(source))):
+    for index in range(min(reading.LOOKED_AT, len(source))):
         with contextlib.suppress(BadRecord):  # training names it
             record = source[index]
             own = (int(nearest_bucket(sizes, np.asarray([picture_size(record.target)]))[0]), record.task)

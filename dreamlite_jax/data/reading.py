@@ -22,6 +22,7 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.training.config import SourceConfig
 
 TRIES = 100  # records in a row that cannot be used: the data are not what the config says
+LOOKED_AT = 1000  # records at the beginning of a source, to find some that are alike
 LEAST_READ = 1000  # reads that the share of bad records is taken of, at least, so that an early one does not stop a run
 
 

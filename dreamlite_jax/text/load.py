@@ -1,6 +1,5 @@
 """The prompt encoder that a config names."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from jax.typing import DTypeLike
 
 from dreamlite_jax.config import TextConfig
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.tensor_files import sha256_of
 from dreamlite_jax.text.encoder import PromptEncoder
 
 
@@ -53,16 +53,6 @@ def load_encoder(
 def buckets_up_to(longest: int, usual: Sequence[int]) -> tuple[int, ...]:
     """The usual padded lengths below the longest, and that."""
     return (*(length for length in usual if length < longest), longest)
-
-
-def sha256_of(files: Sequence[Path]) -> str:
-    """The hexadecimal sha256 of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def check_sha256(config: TextConfig, found: str) -> None:

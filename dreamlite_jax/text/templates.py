@@ -57,11 +57,6 @@ class ChatTemplate(NamedTuple):
     dropped_tokens: int
     closing_tokens: int = 5
 
-    def fill(self, words: str) -> str:
-        """The chat with the user text in place."""
-        before, after = self.text.split("{}")
-        return before + words + after
-
 
 # Text alone: prompts of task generate, and null prompts without a picture.
 GENERATE_CHAT = ChatTemplate(

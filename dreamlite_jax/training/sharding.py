@@ -1,5 +1,6 @@
 """Mesh (data, fsdp) and where state and batches live on it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -186,5 +187,10 @@ def gather(tree: Any, mesh: Mesh) -> Any:
     """Sharded arrays as whole ones on this process's first device. Every process must call it."""
     if mesh.size == 1:
         return tree
-    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
-    return jax.tree.map(lambda x: x.addressable_data(0), whole)
+    return jax.tree.map(lambda x: x.addressable_data(0), _gathering(mesh)(tree))
+
+
+@functools.cache
+def _gathering(mesh: Mesh) -> Callable[[Any], Any]:
+    """Compiled once: grids ask for it again and again."""
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))

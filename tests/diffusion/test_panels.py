@@ -17,13 +17,12 @@ def pair():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_split_inverts_compose(pair, layout):
+def test_a_canvas_is_the_target_then_the_condition(pair, layout):
     target, condition = pair
     canvas = panels.compose(target, condition, layout)
     assert canvas.shape == LAYOUTS[layout]
-    left, right = panels.split(canvas, layout)
+    left, right = np.split(canvas, 2, axis={"width": 2, "channel": 3}[layout])
     assert np.array_equal(left, target) and np.array_equal(right, condition)
-    assert np.array_equal(panels.compose(left, right, layout), canvas)
     assert not np.array_equal(panels.compose(condition, target, layout), canvas)  # the order matters
 
 

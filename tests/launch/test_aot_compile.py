@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dreamlite_jax.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "aot_compile.py"
 spec = importlib.util.spec_from_file_location("aot_compile", SCRIPT)
@@ -179,6 +181,19 @@ def test_steps_of_post_training_compile_without_judges_and_teachers(tmp_path, st
     if stage == "refl":
         tables = 2 * 151666 * 512 * 2  # bytes of the judges' embeddings, most of all parameters
         assert tables / 4 < found["memory"]["arguments"] < tables / 2
+
+
+def test_reports_are_sure_of_a_place_before_anything_is_compiled(tmp_path):
+    (tmp_path / "file").write_text("a file")
+    config = ("--config", f"{Path(__file__).parent}/pod_config.py", "--topology", "v5e:2x2")
+    for flag, place, said in (
+        ("--report", "file/report.json", "--report .*file cannot be made: .*file is a file"),
+        ("--program", ".", "--program .* is a folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            aot_compile.parse([*config, flag, str(tmp_path / place)])
+    args, _ = aot_compile.parse([*config, "--report", str(tmp_path / "new" / "report.json")])
+    assert args.report.name == "report.json" and not (tmp_path / "new").exists()
 
 
 @needs_libtpu

@@ -209,8 +209,15 @@ def test_the_loss_is_the_weighted_error_of_the_target_panel(config):
     assert abs(float(loss) - float(values["mse"])) > 1e-4
 
 
-def test_grids_show_results_beside_the_truth(config):
+def test_grids_show_results_beside_the_truth(config, caplog):
     stage = FlowMatchingStage(load_config(config))
     picture = stage.grid(jax.device_get(tiny.unet_params()))
     assert picture.dtype == np.uint8 and picture.shape[1] == 52 + 2 * 132  # two items and the rows' names
+    params = jax.device_get(tiny.unet_params(seed=1))
+    with jax.log_compiles():
+        other = stage.grid(params)
+    assert not np.array_equal(picture, other) and "Compiling" not in caplog.text  # the first has compiled it all
+    with jax.log_compiles():
+        FlowMatchingStage(load_config(config)).grid(params)
+    assert "Compiling" in caplog.text
     assert loop.check(load_config(config), stage)  # and building shapes afterwards still works

@@ -1,6 +1,7 @@
 """What stages that train the U-Net on latents share: start, data, conditioning, flow-matching loss, grids, export."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +26,9 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import MANIFEST, find_model, load_config, load_params, load_vae, save_model
 from dreamlite_jax.models.unet import UNet, dummy_inputs
 from dreamlite_jax.models.vae import VAE
+from dreamlite_jax.tensor_files import sha256_of
 from dreamlite_jax.text.cache import load_remembering
 from dreamlite_jax.text.encoder import PromptRequest
-from dreamlite_jax.text.load import sha256_of
 from dreamlite_jax.training import checkpoint, sharding
 from dreamlite_jax.training.config import MeshConfig, SourceConfig, TrainConfig
 from dreamlite_jax.types import Array, Float, Latent, PerSample, Scalar, TextMask, TextStates, TimeIds
@@ -326,31 +327,45 @@ class LatentStage:
         for row, item in enumerate(items):
             form.fill(batch, row, item)
         batch |= text_fields(self.encoder, [form.request(item) for item in items], data.text_length)
-        return items, jax.device_get(jax.jit(self.encoded)(batch))
+        return items, jax.device_get(self._compiled_encoder(batch))
 
     def decoder(self) -> Callable[[Any, Latent], Array]:
         """(autoencoder parameters, latents) -> pictures, not clipped."""
         vae = VAE(self.vae_config)
         return lambda params, latents: vae.apply({"params": params}, latents, method="decode")
 
+    # Compiled once a shape, however many grids there are: the other processes wait for each.
+
+    @functools.cached_property
+    def _compiled_encoder(self) -> Callable[[Batch], Batch]:
+        return jax.jit(self.encoded)
+
+    @functools.cached_property
+    def _compiled_decoder(self) -> Callable[[Any, Latent], Array]:
+        return jax.jit(self.decoder())
+
+    @functools.cached_property
+    def _compiled_sampler(self) -> Callable[[Any, Latent, sampler.Conditioning, TimeIds], Latent]:
+        model, steps = self.config.model, min(self.config.grid_steps, self.config.model.steps)
+
+        def run(params: Any, noise: Latent, conditioning: sampler.Conditioning, sizes: TimeIds) -> Latent:
+            return sampler.sample(
+                self.velocity(params), noise, conditioning, sizes, self.sigmas(noise, steps), model.guidance_scale,
+                model.image_guidance_scale, layout=model.unet.condition_layout,
+            )[0]  # fmt: skip
+
+        return jax.jit(run)
+
     def _decode(self, latents: Array) -> np.ndarray:
-        return np.asarray(jax.jit(self.decoder())(self.vae_params, latents))
+        return np.asarray(self._compiled_decoder(self.vae_params, latents))
 
     def _sample(self, params: Any, batch: dict[str, np.ndarray], editing: bool) -> jax.Array:
         model = self.config.model
         b, h, w, c = batch["target"].shape
         guided = guidance.is_guided(editing, model.guidance_scale, model.image_guidance_scale)
         conditioning = self.conditioning(guidance.branches(editing, guided), batch)
-        sigmas = self.sigmas(batch["target"], min(self.config.grid_steps, model.steps))
         noise = sampler.noise_from_seeds(range(SAMPLE_SEED, SAMPLE_SEED + b), (h, w, c))
-
-        def run(params, noise, conditioning, sizes):
-            return sampler.sample(
-                self.velocity(params), noise, conditioning, sizes, sigmas, model.guidance_scale,
-                model.image_guidance_scale, layout=model.unet.condition_layout,
-            )[0]  # fmt: skip
-
-        return jax.jit(run)(params, noise, conditioning, batch["size"])
+        return self._compiled_sampler(params, noise, conditioning, batch["size"])
 
     def export(self, params: Any, directory: Path, provenance: dict[str, Any]) -> None:
         """Writes a model folder; its sampling settings are those of `config.model`."""

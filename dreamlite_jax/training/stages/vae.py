@@ -1,5 +1,7 @@
 """Training of the tiny autoencoder, for data that the released one does not fit (small pictures, more channels)."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +78,17 @@ class VAEStage(OneLoss):
         options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * max(1, data.threads))
         return stream.batch(data.batch_size // hosts).to_iter_dataset(options)
 
+    @functools.cached_property
+    def _compiled(self) -> Callable[[Any, np.ndarray], jax.Array]:
+        """The autoencoder, compiled once however many grids there are."""
+        return jax.jit(self.model.apply)
+
     def grid(self, params: Any) -> np.ndarray:
         """Pictures of the validation split above their reconstructions, with the PSNR of each."""
         source = (self.config.data.validation or self.config.data.sources)[0]
         _, items = first_items(source, self.config.data.buckets, self.config.grid_items)
         images = pictures.to_float(np.stack([item.target for item in items]))
-        decoded = np.clip(np.asarray(jax.jit(self.model.apply)({"params": params}, images)), -1, 1)
+        decoded = np.clip(np.asarray(self._compiled({"params": params}, images)), -1, 1)
         psnr = [pictures.psnr(a, b) for a, b in zip(images, decoded, strict=True)]
         return pictures.grid(
             [pictures.to_uint8(images), pictures.to_uint8(decoded)],
