@@ -104,7 +104,7 @@ class DMD2Stage(LatentStage):
 
     def step(self, state: DMDState, batch: Batch) -> tuple[DMDState, Metrics]:
         """One update of the student, then `fake_updates` of the fake score on what the student now makes."""
-        config, batch = self.config, self.encoded(batch)
+        config = self.config
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         student_key, fake_key = jax.random.split(key)
         grad_fn = jax.value_and_grad(self.student_loss, has_aux=True)

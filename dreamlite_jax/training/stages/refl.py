@@ -49,11 +49,6 @@ class ReFLStage(LatentStage):
             check_sizes(config)
         mesh = None if abstract else sharding.make_mesh(config.mesh)
         self.setup(load_rewards(config.refl.rewards, mesh, abstract=abstract))
-        if config.data.encode == "on_device" and self.prepared([]):
-            raise UserError(
-                "config.data.encode is 'on_device', but these rewards read the prompts themselves, which such batches "
-                "do not have; precompute, or take rewards of kind 'target' alone"
-            )
 
     def setup(self, rewards: RewardSum) -> None:
         """What follows from the config and the rewards."""
@@ -95,7 +90,7 @@ class ReFLStage(LatentStage):
 
         inner = train_state.TrainState(state.params, state.ema, state.opt_state, state.step)
         step = train_state.make_step(loss, config.optim, config.steps, config.seed, dtype=dtype)
-        inner, metrics = step(inner, self.encoded(batch))
+        inner, metrics = step(inner, batch)
         new = state.replace(params=inner.params, ema=inner.ema, opt_state=inner.opt_state, step=inner.step)
         return new, metrics
 
