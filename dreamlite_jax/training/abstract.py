@@ -1,7 +1,6 @@
 """A config's stage and batches as shapes alone, for compiles and checks where there are no data and no devices."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -47,8 +46,3 @@ def abstract_batch(stage: Stage, width: int = 0, height: int = 0) -> dict[str, j
     check_image_size(model, *size)
     fields = stage.empty_batch(size).items()
     return {name: jax.ShapeDtypeStruct((data.batch_size, *x.shape[1:]), x.dtype) for name, x in fields}
-
-
-def parameter_count(state: Any) -> int:
-    """Of the network that a state trains."""
-    return sum(x.size for x in jax.tree.leaves(state.params))

@@ -222,6 +222,7 @@ def save_grid(stage: Stage, state: Any, workdir: Path, step: int, metrics: Metri
 
 
 def count(params: Any) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
     return sum(x.size for x in jax.tree.leaves(params))
 
 

@@ -13,9 +13,10 @@ import safetensors.numpy
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.qwen_vl import load, rope
 from dreamlite_jax.models.qwen_vl.config import from_transformers
-from dreamlite_jax.models.qwen_vl.model import QwenVL, abstract_params, count_params
+from dreamlite_jax.models.qwen_vl.model import QwenVL, abstract_params
 from dreamlite_jax.models.qwen_vl.vision import VisionTower, alike
 from dreamlite_jax.rewards.backbones import BACKBONES
+from dreamlite_jax.training.loop import count
 
 TOLERANCE = 2e-5  # largest absolute difference of a token, of order 1
 GRADIENT_TOLERANCE = 1e-4  # relative, in the 2-norm
@@ -200,7 +201,7 @@ def test_old_names_of_tensors_load_as_the_new(tmp_path):
         safetensors.numpy.save_file(tensors, folder / load.SINGLE)
         found.append(load.load_qwen_vl(folder)[1])
     jax.tree.map(np.testing.assert_array_equal, *found)
-    assert count_params(found[0]) == sum(parameter.numel() for parameter in oracle.model.parameters())
+    assert count(found[0]) == sum(parameter.numel() for parameter in oracle.model.parameters())
     safetensors.numpy.save_file({**old, "model.norm.bias": np.zeros(64, "f4")}, tmp_path / "old" / load.SINGLE)
     with pytest.raises(UserError, match=r"language_model\.norm\.bias is not a tensor of this architecture"):
         load.load_qwen_vl(tmp_path / "old")
@@ -221,4 +222,4 @@ def test_the_7b_models_have_the_released_tensors(name):
     assert {name: slot.shape for name, slot in slots.items()} == {
         name: tuple(parameter.shape) for name, parameter in reference.named_parameters()
     }
-    assert count_params(shapes) == {"qwen2_vl_7b": 7_746_378_240, "qwen2_5_vl_7b": 7_747_169_280}[name]
+    assert count(shapes) == {"qwen2_vl_7b": 7_746_378_240, "qwen2_5_vl_7b": 7_747_169_280}[name]

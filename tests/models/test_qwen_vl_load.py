@@ -15,7 +15,8 @@ from qwen_oracle import QWEN3_VL_2B
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.qwen_vl import load
 from dreamlite_jax.models.qwen_vl.config import from_transformers
-from dreamlite_jax.models.qwen_vl.model import QwenVL, abstract_params, count_params, param_shardings
+from dreamlite_jax.models.qwen_vl.model import QwenVL, abstract_params, param_shardings
+from dreamlite_jax.training.loop import count
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def assert_same(params, other) -> None:
 
 
 def test_every_parameter_comes_from_the_checkpoint(oracle, loaded):
-    assert count_params(loaded[1]) == sum(parameter.numel() for parameter in oracle.model.parameters())
+    assert count(loaded[1]) == sum(parameter.numel() for parameter in oracle.model.parameters())
 
 
 def test_shards_load_as_the_single_file(oracle, loaded, tmp_path):
@@ -167,7 +168,7 @@ def test_2b_has_the_released_size():
     shapes = abstract_params(model)
     with torch.device("meta"):
         reference = transformers.Qwen3VLModel(transformers.Qwen3VLConfig(**QWEN3_VL_2B))
-    assert count_params(shapes) == sum(p.numel() for p in reference.parameters()) == 2_127_532_032
+    assert count(shapes) == sum(p.numel() for p in reference.parameters()) == 2_127_532_032
     slots = load.expected_tensors(shapes, model.config)
     assert {name: slot.shape for name, slot in slots.items()} == {
         name: tuple(p.shape) for name, p in reference.named_parameters()
@@ -182,8 +183,8 @@ def test_2b_lowers_over_a_mesh(mesh):
     shapes = abstract_params(model)
     shardings = param_shardings(shapes, mesh)
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-    split = sum(count_params(leaf) for leaf, sharding in pairs if "fsdp" in sharding.spec)
-    assert split > 0.999 * count_params(shapes)
+    split = sum(count(leaf) for leaf, sharding in pairs if "fsdp" in sharding.spec)
+    assert split > 0.999 * count(shapes)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     ids = jax.ShapeDtypeStruct((8, 384), jnp.int32, sharding=rows)
     positions = jax.ShapeDtypeStruct((3, 8, 384), jnp.int32)

@@ -105,11 +105,6 @@ def abstract_params(model: QwenVL) -> Any:
     return jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x, (side, side)), *model.example())["params"]
 
 
-def count_params(params: Any) -> int:
-    """Number of scalars in a tree of arrays or shapes."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-
-
 def param_shardings(params: Any, mesh: Mesh, axis: str = "fsdp") -> Any:
     """Shardings that split the widest divisible axis of every matrix over mesh axis `axis` and replicate the rest.
 
