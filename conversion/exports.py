@@ -56,13 +56,17 @@ def sizes_of(args: argparse.Namespace, config: ModelConfig, **more: Any) -> Size
 def components_of(
     args: argparse.Namespace, model: Path, config: ModelConfig, largest_file: float = math.inf
 ) -> tuple[str, ...]:
-    """The components asked for; "all" is every one that fits into a file: all but a text encoder of billions."""
+    """The components asked for; "all" leaves out a text encoder of billions that a file or the memory cannot hold."""
     if args.component != "all":
         return (args.component,)
-    size = text_parts.weight_bytes(model, config) if text_parts.present(model, config) else None
-    if size is not None and size <= largest_file:
-        return COMPONENTS
-    why = "is not in the folder" if size is None else f"has {size / 1e9:.1f} GB of weights, too much for one file"
+    if text_parts.present(model, config):
+        size, free = text_parts.weight_bytes(model, config), resources.available_memory()
+        if size <= largest_file and (free is None or config.text.encoder == "minilm" or memory_bytes(size) <= free):
+            return COMPONENTS
+        place = "one file" if size > largest_file else f"{free / 1e9:.1f} GB of memory"
+        why = f"has {size / 1e9:.1f} GB of weights, too much for {place}"
+    else:
+        why = "is not in the folder"
     print(f"text: {config.text.encoder} {why}; it stays outside: {OWN_STATES}", file=sys.stderr)
     return tuple(component for component in COMPONENTS if component != "text")
 
@@ -88,6 +92,11 @@ def weight_bytes(model: Path, config: ModelConfig, components: Sequence[str]) ->
     return sizes
 
 
+def memory_bytes(weights: int) -> int:
+    """Memory that converting a component takes at its peak, by the measured rule."""
+    return int(PEAK_BASE_BYTES + PEAK_PER_WEIGHT_BYTE * weights)
+
+
 def check_resources(
     weights: Mapping[str, int], output: Path, *, largest_file: float = math.inf, share: float = 1.0, extra: float = 0.0
 ) -> None:
@@ -106,7 +115,7 @@ def check_resources(
             f"{largest} has {size / 1e9:.2f} GB of float32 weights; a file of this format holds at most "
             f"{largest_file / 1e9:.2f} GB"
         )
-    memory = int(PEAK_BASE_BYTES + PEAK_PER_WEIGHT_BYTE * size)
+    memory = memory_bytes(size)
     disk = int(1.05 * (share * sum(weights.values()) + extra * size))
     resources.check_memory(f"converting {largest}", memory)
     resources.check_disk(disk, output)

@@ -98,8 +98,8 @@ def _attention(node: Node, config: TextTowerConfig, root: Node, x: Array) -> Arr
 
     def turned(name: str, y: Array) -> Array:
         y = rms_norm(node.sub(name), y, config.norm_eps)
-        halves = jnp.split(y, 2, -1)
-        return y * root["cos"] + jnp.concatenate(halves[::-1], -1) * root["sin"]
+        first, second = (jax.lax.slice_in_dim(y, i * width // 2, (i + 1) * width // 2, axis=3) for i in (0, 1))
+        return y * root["cos"] + jnp.concatenate([second, first], -1) * root["sin"]
 
     q = turned("q_norm", heads("q_proj", config.num_heads)).transpose(0, 2, 1, 3)
     k = turned("k_norm", heads("k_proj", groups)).transpose(0, 2, 1, 3)

@@ -23,7 +23,7 @@ from dreamlite_jax.json_files import write_json
 
 from . import exports, graph, outputs, quantize, runtime
 from .graph import CALLS, Graph, Sizes
-from .parity import relative_rms
+from .parity import meaningful, relative_rms
 
 
 @dataclasses.dataclass
@@ -126,7 +126,7 @@ def measure(model: Path, litert: Path, calls: int) -> dict[str, dict[str, Any]]:
         built = graph.build(component, config, params, Sizes(**manifest["sizes"]), text)
         chosen = samples.spread(calls)
         runs = [run_in_half(built, [inputs[port.name] for port in built.inputs]) for inputs in chosen.inputs]
-        found = [quantize.meaningful(*pair) for pair in zip(chosen.inputs, (r.output for r in runs), strict=True)]
+        found = [meaningful(*pair) for pair in zip(chosen.inputs, (r.output for r in runs), strict=True)]
         peaks = {layer: max(r.peaks.get(layer, 0.0) for r in runs) for layer in runs[0].peaks}
         layer = max(peaks, key=peaks.__getitem__)
         rows[component] = {

@@ -5,7 +5,7 @@ The reference is the flax module that trains and samples, not the export form, s
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -70,7 +70,7 @@ class Case:
     """One input, as the flax module takes it and as the graph takes it.
 
     Attributes:
-      kept: (b, s, 1), 0 where the output is a state of padding: a number without meaning. None: it has none.
+      kept: see `meaningful`.
     """
 
     model: tuple[np.ndarray, ...]
@@ -97,7 +97,7 @@ def case(component: Component, config: ModelConfig, sizes: Sizes, text_dim: int,
         return Case((ids, whole), {"token_ids": ids}, mask[..., None])
     if component == "text":
         ids = rng.integers(0, text_dim, (b, s)).astype(np.int32)
-        return Case((ids, mask), {"token_ids": ids, "text_bias": bias}, mask[..., None])
+        return Case((ids, mask), {"token_ids": ids, "text_bias": bias})
     if component == "vae_encoder":
         image = rng.uniform(-1, 1, (b, sizes.height, sizes.width, 3)).astype(np.float32)
         return Case((image,), {"image": image})
@@ -147,9 +147,15 @@ def _text_tower(config: TextTowerConfig, params: Any) -> Callable[..., np.ndarra
     return lambda ids, mask: np.asarray(apply(params, ids, mask, rope.text_positions(mask)))
 
 
-def meaningful(cases: Sequence[Case], outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The outputs with zeros where they have no meaning."""
-    return [y if case.kept is None else y * case.kept for case, y in zip(cases, outputs, strict=True)]
+def meaningful(inputs: Mapping[str, np.ndarray], output: np.ndarray, kept: np.ndarray | None = None) -> np.ndarray:
+    """The output with zeros where it has no meaning: text states of padding.
+
+    Args:
+      kept: (b, s, 1), 0 at padding, of a chat, whose inputs do not say.
+    """
+    if kept is None and {"token_ids", "text_bias"} <= inputs.keys():
+        kept = (inputs["text_bias"] == 0.0)[..., None].astype(np.float32)
+    return output if kept is None else output * kept
 
 
 def relative_rms(wanted: np.ndarray, found: np.ndarray) -> float:
@@ -186,11 +192,11 @@ def compare(
     vocabulary = text.vocab_size if text else 0
     cases = [case(component, config, sizes, vocabulary, seed) for seed in range(CASES)]
     run = reference(component, config, params, text)
-    wanted = [run(*c.model) for c in cases]
+    wanted = [meaningful(c.graph, run(*c.model), c.kept) for c in cases]
     del run, params
     converted = open_converted()
-    found = [converted(**c.graph) for c in cases]
-    return measure(meaningful(cases, wanted), meaningful(cases, found), floor)
+    found = [meaningful(c.graph, converted(**c.graph), c.kept) for c in cases]
+    return measure(wanted, found, floor)
 
 
 def picture_psnr(

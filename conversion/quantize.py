@@ -108,7 +108,7 @@ def visit(folder: Path, prompts: Sequence[str] = CALIBRATION_PROMPTS, steps: int
     def observe(component: str, inputs: Inputs, output: np.ndarray) -> None:
         samples = found.setdefault(component, Samples())
         samples.inputs.append({name: value.copy() for name, value in inputs.items()})
-        samples.outputs.append(meaningful(inputs, output))
+        samples.outputs.append(parity.meaningful(inputs, output))
 
     runtime = Runtime(folder, keep_loaded=True, observer=observe)
     for seed, prompt in enumerate(prompts):
@@ -256,20 +256,13 @@ def random_samples(path: Path, count: int = 2) -> Samples:
     ports = read_metadata(path)["inputs"]
     run = load_component(path.parent, {"files": {"it": path.name}}, "it", os.cpu_count() or 1)
     inputs = [{port["name"]: random_input(port, seed) for port in ports} for seed in range(count)]
-    return Samples(inputs, [meaningful(some, run(**some)) for some in inputs])
-
-
-def meaningful(inputs: Inputs, output: np.ndarray) -> np.ndarray:
-    """The output with zeros where it has no meaning: text states of padding."""
-    if "token_ids" not in inputs or "text_bias" not in inputs:
-        return output
-    return output * (inputs["text_bias"] == 0.0)[..., None].astype(np.float32)
+    return Samples(inputs, [parity.meaningful(some, run(**some)) for some in inputs])
 
 
 def compare(path: Path, samples: Samples, floor: parity.Floor) -> parity.Parity:
     """A quantised file beside the float32 outputs."""
     run = load_component(path.parent, {"files": {"it": path.name}}, "it", os.cpu_count() or 1)
-    found = [meaningful(inputs, run(**inputs)) for inputs in samples.inputs]
+    found = [parity.meaningful(inputs, run(**inputs)) for inputs in samples.inputs]
     return parity.measure(samples.outputs, found, floor)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conversion import quantize, runtime, states, to_litert
+from conversion import quantize, runtime, states, to_litert, to_onnx
 from conversion.graph import COMPONENTS
 from conversion.runtime import Runtime
 from dreamlite_jax import load_model, pictures
@@ -112,6 +112,12 @@ def test_states_that_do_not_fit(converted, tmp_path):
     for path, named in ((tmp_path / "none.npz", "does not exist"), (tmp_path / "other.npz", "is not a file of")):
         with pytest.raises(UserError, match=named):
             Runtime(folder, threads=1).read_states(path)
+
+
+def test_the_tower_as_onnx(converted, tmp_path):
+    flags = ["--component", "text", "--text_length", "20", "--height", "32", "--width", "32"]
+    assert to_onnx.main(["--model", str(converted[0]), "--output", str(tmp_path / "onnx"), *flags]) == 0
+    assert "limit" in json.loads((tmp_path / "onnx" / "model.json").read_text())["chat"]
 
 
 def test_the_same_picture_as_the_model(converted, jax_model):

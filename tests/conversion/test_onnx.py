@@ -1,5 +1,6 @@
 """The same graphs as ONNX, run by onnxruntime beside the flax modules."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from litert_models import random_params, small_config
 
-from conversion import exports, graph, onnx, parity, resources, to_onnx
+from conversion import exports, graph, litert, onnx, parity, resources, text_parts, to_onnx
 from conversion.graph import Sizes
 from conversion.onnx_session import open_session
 from conversion.runtime import FORMAT
+from dreamlite_jax.config import TextConfig
 from dreamlite_jax.errors import UserError
 
 SIZES = Sizes(32, 32, 12)
@@ -79,6 +81,20 @@ def test_the_command_converts_every_component(small_model, tmp_path, capsys):
     assert {"config", "templates", "mask_bias", "pad_id", "precision"} <= set(manifest)
     assert manifest["format"] not in (FORMAT, None)  # the LiteRT runtime refuses it
     assert "all floors reached" in capsys.readouterr().out
+
+
+def test_billions_of_weights_stay_outside_where_a_file_or_the_memory_is_too_small(small_model, monkeypatch, capsys):
+    config = dataclasses.replace(small_config(), text=TextConfig(encoder="qwen3_vl"))
+    monkeypatch.setattr(text_parts, "present", lambda *_: True)
+    monkeypatch.setattr(resources, "available_memory", lambda: 10**11)
+    monkeypatch.setattr(text_parts, "weight_bytes", lambda *_: 7 * 10**9)
+    args = to_onnx.parse(["--model", str(small_model), "--output", "out"])
+    assert exports.components_of(args, small_model, config) == graph.COMPONENTS
+    assert "text" not in exports.components_of(args, small_model, config, litert.LARGEST_FILE)
+    assert "too much for one file" in capsys.readouterr().err
+    monkeypatch.setattr(resources, "available_memory", lambda: 10**10)
+    assert "text" not in exports.components_of(args, small_model, config)
+    assert "too much for 10.0 GB of memory" in capsys.readouterr().err
 
 
 def test_what_cannot_work_is_refused_before_any_work(small_model, tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def test_a_clip_that_spoils_a_file_does_not_win(litert_model, visited, tmp_path,
 def test_text_states_of_padding_do_not_count(visited):
     inputs = visited["text"].inputs[0]
     output = np.ones((*inputs["token_ids"].shape, 3), np.float32)
-    kept = quantize.meaningful(inputs, output)
+    kept = parity.meaningful(inputs, output)
     assert kept.sum() == 3 * (inputs["text_bias"] == 0).sum() < output.sum()
 
 
