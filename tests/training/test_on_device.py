@@ -135,7 +135,12 @@ def test_sizes_that_the_network_cannot_take_are_refused_before_anything_runs(roo
         stage(root, **data)
 
 
-def test_the_autoencoder_learns_from_any_pictures(root):
+def test_the_autoencoder_learns_from_any_pictures(root, caplog):
     changed = mapping(root, encode="precomputed") | {"stage": "vae"}
-    batch = next(iter(VAEStage(from_dict(TrainConfig, changed, "config")).dataset()))
+    stage = VAEStage(from_dict(TrainConfig, changed, "config"))
+    batch = next(iter(stage.dataset()))
     assert batch["image"].shape == (8, 16, 16, 3) and -1 <= batch["image"].min() < batch["image"].max() <= 1
+    picture = stage.grid(tiny.vae_params())
+    with jax.log_compiles():
+        assert not np.array_equal(stage.grid(tiny.vae_params(seed=1)), picture)
+    assert "Compiling" not in caplog.text
