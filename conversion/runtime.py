@@ -32,7 +32,7 @@ from .noise import start_noise
 from .resources import peak_memory_bytes
 
 FORMAT = "dreamlite-litert"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SIGNATURE = "serving_default"
 STATES = ("task", "prompt", "prompt_states", "prompt_mask", "null_states", "null_mask")  # what --states holds
 OWN_STATES = "compute its states with python -m conversion.states and give them with --states"
@@ -303,7 +303,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT!r}; convert the model first: python -m conversion.to_litert")
     if manifest["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path}: format_version is {manifest['format_version']}; this code reads {FORMAT_VERSION}")
+        raise UserError(f"{path}: format_version is {manifest['format_version']}; this code reads {FORMAT_VERSION}: convert again")
     return manifest
 
 
