@@ -205,7 +205,12 @@ def test_a_judge_is_shown_pictures_of_one_size(tmp_path):
     file = str(tiny.write_config(tmp_path / "config.py", mapping))
     with pytest.raises(UserError, match=r"checkpoint .*none does not exist"):
         refl.ReFLStage(load_config(file))
-    info = json.loads((tmp_path / "edit" / "info.json").read_text())
-    (tmp_path / "edit" / "info.json").write_text(json.dumps(info | {"buckets": [[16, 16], [24, 8]]}))
-    with pytest.raises(UserError, match=r"edit has pictures of 24 x 8; hpsv3 is shown pictures of 16 x 16 alone"):
-        refl.ReFLStage(load_config(file))
+    for sizes, found, size_px in (([[16, 16], [24, 8]], "24 x 8", "16 x 16"), ([], "16 x 16", "16 x 32")):
+        width, height = map(int, size_px.split(" x "))
+        mapping["refl"]["rewards"][0]["size_px"] = (height, width)
+        file = str(tiny.write_config(tmp_path / "config.py", mapping))
+        info = json.loads((tmp_path / "t2i" / "info.json").read_text())
+        (tmp_path / "t2i" / "info.json").write_text(json.dumps(info | {"buckets": sizes}))
+        np.save(tmp_path / "t2i" / "buckets.npy", np.arange(16) % 2)
+        with pytest.raises(UserError, match=f"t2i has pictures of {found}; hpsv3 is shown .* {size_px} alone"):
+            refl.ReFLStage(load_config(file))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dreamlite_jax.data.latents import read_info
+from dreamlite_jax.data.latents import LatentReader
 from dreamlite_jax.diffusion import guidance, sampler
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.vae import VAE
@@ -180,10 +180,10 @@ class ReFLStage(LatentStage):
 def check_sizes(config: TrainConfig) -> None:
     """Raises `UserError` where a source has pictures of another size than a judge will be set up for."""
     for source in config.data.sources:
-        sizes = read_info(source.path).get("buckets", [])
+        sizes = LatentReader([source], config.data.text_length).sizes
         for reward in config.refl.rewards:
             height, width = reward.size_px
-            other = [size for size in sizes if tuple(size) != (width, height)]
+            other = [size for size in sizes if size != (width, height)]
             if reward.kind != "target" and other:
                 raise UserError(
                     f"{source.path} has pictures of {other[0][0]} x {other[0][1]}; {reward.kind} is shown pictures of "
