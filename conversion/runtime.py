@@ -303,7 +303,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT!r}; convert the model first: python -m conversion.to_litert")
     if manifest["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path}: format_version is {manifest['format_version']}; this code reads {FORMAT_VERSION}: convert again")
+        raise UserError(
+            f"{path}: format_version is {manifest['format_version']}; this code reads {FORMAT_VERSION}: convert again"
+        )
     return manifest
 
 
