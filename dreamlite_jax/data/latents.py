@@ -66,10 +66,10 @@ def pack(example: Example) -> bytes:
 
 
 def unpack(record: bytes) -> Example:
-    """The example of a record, arrays in float32."""
+    """The example of a record, arrays in float32. Fields with a default may be missing: older records lack them."""
     fields = msgpack.unpackb(record)
     for name in ARRAYS:
-        if fields[name] is not None:
+        if fields.get(name) is not None:
             shape, data = fields[name]
             fields[name] = np.frombuffer(data, np.float16).reshape(shape).astype(np.float32)
     fields["size"] = tuple(fields["size"])

@@ -5,6 +5,7 @@ import itertools
 import json
 
 import grain
+import msgpack
 import numpy as np
 import pytest
 import tiny
@@ -50,6 +51,14 @@ def test_records_keep_everything(task):
             a, b = getattr(example, field.name), getattr(again, field.name)
             assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b, field.name
         assert again.target.dtype == again.states.dtype == np.float32
+
+
+def test_records_of_before_null_prompts_had_pictures_are_read():
+    fields = msgpack.unpackb(latents.pack(tiny.examples("edit", 1)[0]))
+    old = msgpack.packb({name: value for name, value in fields.items() if not name.startswith("null_")})
+    example = latents.unpack(old)
+    assert example.null_tail is None and example.null_from == -1
+    assert "null_tail" not in latents.collate(example, 8)
 
 
 def test_arrays_are_stored_in_half_precision():

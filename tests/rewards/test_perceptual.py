@@ -92,6 +92,7 @@ def test_the_blur_of_two_guesses_wins_nothing(scores, scenes):
     assert squares == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_climbing_the_reward_finds_the_scene(reward, scores, scenes):
     """From its neighbour, by gradients alone, a picture becomes the true one in pixels too."""
     truth, near = scenes[0][:2], scenes[1][:2]

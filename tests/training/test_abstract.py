@@ -67,7 +67,9 @@ def program(stage: Any, batch: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
-@pytest.mark.parametrize("stage", ["flow_matching", "refl", "dmd2"])
+@pytest.mark.parametrize(
+    "stage", ["flow_matching", *(pytest.param(s, marks=pytest.mark.slow) for s in ("refl", "dmd2"))]
+)
 def test_without_files_all_is_as_with_them(root, small_judge, stage):
     real, bare = build_stage(config(root, stage)), abstract_stage(config(Path("nowhere"), stage))
     batch = abstract_batch(bare)
