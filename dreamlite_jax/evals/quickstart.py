@@ -177,8 +177,8 @@ def commands(report: dict[str, Any]) -> str:
     return "\n".join(
         (
             "```",
-            f'{sample} --prompt "a cat to the left of a dog" --output cat.png',
-            f'{sample} --prompt "change the background to pink" --image cat.png --output pink.png',
+            f'{sample} --prompt "a frog to the right of a house" --output frog.png',
+            f'{sample} --prompt "change the background to pink" --image frog.png --output pink.png',
             f'python -m conversion.runtime --model {litert} --prompt "two red hearts" --output hearts.png',
             "```",
         )
