@@ -7,6 +7,7 @@ that is trained all along on what the student makes.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -154,24 +155,28 @@ class DMD2Stage(LatentStage):
         self, fake: Any, opt_state: Any, params: Any, made: Latent, batch: Batch, key: jax.Array
     ) -> tuple[Any, Any, Metrics]:
         """The fake score's updates: the first on `made`, the others on new pictures of the same prompts."""
-        count = self.config.dmd.fake_updates
 
-        def update(carry: Any, draw: Any) -> tuple[Any, Metrics]:
-            fake, opt_state = carry
-            index, key = draw
-            make_key, loss_key = jax.random.split(key)
-            pictures = made
-            if count > 1:
-                pictures = jax.lax.cond(index == 0, lambda: made, lambda: self.generate(params, batch, make_key))
+        def update(fake: Any, opt_state: Any, pictures: Latent, key: jax.Array) -> tuple[Any, Any, Metrics]:
             grad_fn = jax.value_and_grad(self.fake_loss, has_aux=True)
-            (loss, metrics), grads = grad_fn(self.whole_fake(fake), pictures, batch, loss_key)
+            (loss, metrics), grads = grad_fn(self.whole_fake(fake), pictures, batch, key)
             grads = sharding.owned(grads, fake)
             fake, opt_state = optim.update(self.fake_optimizer, grads, opt_state, fake)
-            return (fake, opt_state), {"fake_loss": loss, **metrics, "fake_grad_norm": optax.tree.norm(grads)}
+            return fake, opt_state, {"fake_loss": loss, **metrics, "fake_grad_norm": optax.tree.norm(grads)}
 
-        draws = jnp.arange(count), jax.random.split(key, count)
-        (fake, opt_state), metrics = jax.lax.scan(update, (fake, opt_state), draws)
-        return fake, opt_state, {name: values.mean() for name, values in metrics.items()}
+        def another(carry: tuple[Any, Any], key: jax.Array) -> tuple[tuple[Any, Any], Metrics]:
+            make_key, loss_key = jax.random.split(key)
+            *carry, metrics = update(*carry, self.generate(params, batch, make_key), loss_key)
+            return tuple(carry), metrics
+
+        first, *others = jax.random.split(key, self.config.dmd.fake_updates)
+        fake, opt_state, metrics = update(fake, opt_state, made, first)
+        if not others:
+            return fake, opt_state, metrics
+        # In a loop on CPU, XLA's gradients of convolutions are ten times slower.
+        repeat = unrolled if blocks.platform() == "cpu" else jax.lax.scan
+        (fake, opt_state), rest = repeat(another, (fake, opt_state), jnp.stack(others))
+        metrics = jax.tree.map(lambda one, more: (one + more.sum()) / (1 + len(others)), metrics, rest)
+        return fake, opt_state, metrics
 
     def fake_loss(self, fake: Any, made: Latent, batch: Batch, key: jax.Array) -> tuple[Scalar, Metrics]:
         """Flow matching on the student's pictures; with a GAN also telling them from real ones, equally noised."""
@@ -257,6 +262,15 @@ def matching_gradient(
     fake = flow.predict_data(noisy, fake_velocity, sigma)
     scale = jnp.abs(made - real).mean((1, 2, 3), keepdims=True)
     return (fake - real) / jnp.maximum(scale, 1e-6)
+
+
+def unrolled(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, items: Array) -> tuple[Any, Any]:
+    """`jax.lax.scan` over the items of an array, written out."""
+    outputs = []
+    for item in items:
+        carry, output = function(carry, item)
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
 def is_middle(module: nn.Module, method: str) -> bool:
