@@ -15,7 +15,8 @@ from typing import Any
 from dreamlite_jax import cli, model_folder
 from dreamlite_jax.config import ModelConfig
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.tensor_files import Stored, check_tensors, open_tensors, stored_tensors, write_streamed
+from dreamlite_jax.int8 import open_weights, stored_weights
+from dreamlite_jax.tensor_files import Stored, check_tensors, write_streamed
 
 from . import diffusers_config, names, outputs, resources, torch_files
 from .torch_files import Tensors
@@ -99,9 +100,9 @@ def _write_component(
     file = model / model_folder.weight_file(component)
     architecture = getattr(config, component)
     shapes = model_folder.expected_shapes(component, architecture)
-    kinds = stored_tensors(file)
+    kinds = stored_weights(file)
     check_tensors(str(file), shapes, kinds)
-    with open_tensors(file) as opened:
+    with open_weights(file) as opened:
         tensors = Tensors(names.TABLES[component].tensors(shapes), kinds, opened.get_tensor)
         if component == "unet":
             described = diffusers_config.unet_to_diffusers(architecture, config.native_size // config.vae.downsampling)

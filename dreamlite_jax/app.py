@@ -1,4 +1,4 @@
-"""A page to generate and edit in a browser: python -m dreamlite_jax.app --model DIR [--port N]. Needs `[app]`.
+"""A page to generate and edit in a browser: python -m dreamlite_jax.app [--model DIR] [--port N]. Needs `[app]`.
 
 DIR is what `dreamlite_jax.sample` takes. The page is then at http://127.0.0.1:7860; nothing is sent elsewhere. Pictures
 carry their settings, as those of `sample`, and are kept until the command ends.
@@ -33,7 +33,7 @@ SMALL_CSS = ".gallery-container img, .image-container img { image-rendering: pix
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.documented("dreamlite_jax.app", __doc__)
-    parser.add_argument("--model", required=True, type=Path, help="model folder, training workdir or diffusers folder")
+    cli.add_model(parser)
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password")
     return parser.parse_args(argv)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dreamlite_jax.assets import DEMO
 from dreamlite_jax.config import suggestion
 from dreamlite_jax.errors import UserError
 
@@ -38,6 +39,17 @@ def documented(module: str, text: str | None) -> Parser:
     description, _, details = (text or "").partition("\n\n")
     layout = argparse.RawDescriptionHelpFormatter
     return Parser(prog=f"python -m {module}", description=description, epilog=details, formatter_class=layout)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model, of the commands that draw."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=DEMO,
+        help="model folder, workdir of a training run, or diffusers folder; default: the small model of sprites that "
+        "travels with the package",
+    )
 
 
 def check_writable(name: str, folder: Path) -> None:

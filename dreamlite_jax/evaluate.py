@@ -1,4 +1,4 @@
-"""Scores a model: python -m dreamlite_jax.evaluate --model DIR --benchmark sprites --output DIR [--split SPLIT …]."""
+"""Scores a model: python -m dreamlite_jax.evaluate [--model DIR] --benchmark sprites --output DIR [--split SPLIT …]."""
 
 import dataclasses
 import json
@@ -12,18 +12,21 @@ from dreamlite_jax.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.documented("dreamlite_jax.evaluate", __doc__)
-    parser.add_argument("--model", required=True, type=Path)
+    cli.add_model(parser)
     parser.add_argument("--benchmark", required=True, choices=["sprites"])
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--split", nargs="+", default=["validation"], choices=["validation", "heldout"])
     parser.add_argument("--task", nargs="+", default=["generate", "edit"], choices=["generate", "edit"])
     parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--draws", type=int, default=1, help="pictures of each item; several: their spread is reported")
     parser.add_argument("--steps", type=int, help="default: 12, or the model's own where it was made for fewer")
     parser.add_argument("--guidance_scale", type=float, help="default: the model's own; 1 (for edits both at 1): none")
     parser.add_argument("--image_guidance_scale", type=float, help="default: the model's own")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.items < 8:
         raise UserError(f"--items is {args.items}; retrieval among 8 needs at least 8")
+    if args.draws < 1:
+        raise UserError(f"--draws is {args.draws}; it must be at least 1")
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps is {args.steps}; it must be at least 1")
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
@@ -41,14 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = min(12, model.config.steps) if args.steps is None else args.steps
     with new_folder(args.output) as folder:
         report = {
-            split: evaluate(model, Protocol(split, args.items, steps), tuple(args.task), folder) for split in args.split
+            split: evaluate(model, Protocol(split, args.items, steps, draws=args.draws), tuple(args.task), folder)
+            for split in args.split
         }
         (folder / "report.json").write_text(json.dumps(report, indent=1))
     for split, scores in report.items():
         print(f"{split}: {scores['protocol']}")
         for task in args.task:
-            numbers = {k: v for k, v in scores[task].items() if isinstance(v, float)}
-            print(f"  {task}: " + "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+            spread = {name: f" ± {value:.3f}" for name, value in scores[task].get("spread", {}).items()}
+            numbers = {name: value for name, value in scores[task].items() if isinstance(value, float)}
+            print(f"  {task}: " + "  ".join(f"{k} {v:.3f}{spread.get(k, '')}" for k, v in numbers.items()))
     return 0
 
 

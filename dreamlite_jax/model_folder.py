@@ -23,15 +23,14 @@ from flax import traverse_util
 
 from dreamlite_jax.config import ModelConfig, UNetConfig, VAEConfig, from_dict, to_dict
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.int8 import open_weights, pack, stored_weights
 from dreamlite_jax.models.unet import UNet, dummy_inputs
 from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.tensor_files import (
     Shape,
     Stored,
     check_tensors,
-    open_tensors,
     read_metadata,
-    stored_tensors,
     write_tensors,
 )
 
@@ -59,7 +58,7 @@ def save_model(
       params: {"unet": tree, "vae": tree}; arrays of numpy or JAX.
       provenance: anything JSON can hold: commands, versions, sources of the weights.
       replace: whether an existing folder with files in it gives way to the new one, in one step at the end.
-      dtype: of the stored tensors; None keeps each one's own.
+      dtype: of the stored tensors; None keeps each one's own, int8 packs kernels (`dreamlite_jax.int8`).
       folders: more folders to copy in, by the name they get (text_encoder, tokenizer …).
 
     Raises:
@@ -69,9 +68,10 @@ def save_model(
         for component in COMPONENTS:
             if component not in params:
                 raise UserError(f"params has no {component!r}; it must have {' and '.join(map(repr, COMPONENTS))}")
-            tensors = flatten(params[component], dtype)
+            packed = dtype is not None and np.dtype(dtype) == np.int8
+            tensors = flatten(params[component], np.float32 if packed else dtype)
             check_fit(f"params[{component!r}]", expected_shapes(component, getattr(config, component)), tensors)
-            write_tensors(folder / weight_file(component), tensors)
+            write_tensors(folder / weight_file(component), pack(tensors) if packed else tensors)
         for name, source in (folders or {}).items():
             shutil.copytree(source, folder / name)
         write_manifest(folder, config, provenance)
@@ -99,7 +99,7 @@ def load_params(directory: str | Path, component: Component, *, dtype: Any = np.
     """Parameters of the U-Net or the VAE as a nested dict of numpy arrays, strictly as the folder's config says.
 
     Args:
-      dtype: what every tensor becomes; None keeps it as it is stored.
+      dtype: what every tensor becomes; None keeps it as it is stored (float32 where it is packed).
 
     Raises:
       UserError: a missing, extra or misshapen tensor (with its nearest match), a truncated file, no model folder.
@@ -178,8 +178,8 @@ def check_fit(where: str, expected: Mapping[str, Shape], tensors: Mapping[str, n
 
 def read_params(path: Path, expected: Mapping[str, Shape], dtype: Any) -> dict[str, Any]:
     """Nested tensors of one file, checked against `expected` before any value is read."""
-    check_tensors(str(path), expected, stored_tensors(path))
-    with open_tensors(path) as file:
+    check_tensors(str(path), expected, stored_weights(path))
+    with open_weights(path) as file:
         return unflatten({name: np.asarray(file.get_tensor(name), dtype) for name in expected})
 
 

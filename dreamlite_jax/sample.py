@@ -1,4 +1,4 @@
-"""Generates or edits: python -m dreamlite_jax.sample --model DIR --prompt TEXT [--image PNG] --output PNG.
+"""Generates or edits: python -m dreamlite_jax.sample [--model DIR] --prompt TEXT [--image PNG] --output PNG.
 
   generate   --prompt "a red fox on a frozen lake" --output fox.png --num_images 4
   edit       --prompt "make it snowy" --image house.jpg --output snowy.png
@@ -27,9 +27,7 @@ from dreamlite_jax.errors import UserError
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.documented("dreamlite_jax.sample", __doc__)
-    parser.add_argument(
-        "--model", required=True, type=Path, help="model folder, workdir of a training run, or diffusers folder"
-    )
+    cli.add_model(parser)
     parser.add_argument("--prompt", required=True, help="what to draw, or with --image what to change")
     parser.add_argument("--image", type=Path, help="source of an edit; PNG, JPEG or WebP")
     parser.add_argument("--output", required=True, type=Path, help="PNG; with several images a number is added")

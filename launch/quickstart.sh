@@ -13,43 +13,9 @@ for word in "$work" "${@:2}"; do
   case $word in -*) echo "error: $word is no option here; usage: launch/quickstart.sh [--full] [WORKDIR]" >&2 && exit 2 ;; esac
 done
 [ $# -gt 1 ] && echo "error: $2 is one too many; usage: launch/quickstart.sh [--full] [WORKDIR]" >&2 && exit 2
-mkdir -p "$work" && work=$(cd "$work" && pwd)
-cd "$ROOT"
-
-started=$SECONDS
-"$ROOT/launch/setup.sh" demo,convert
-python="$VENV/bin/python"
-export JAX_COMPILATION_CACHE_DIR="$work/cache" # an interrupted stage does not compile again
-mkdir -p "$work/steps"
-[ -f "$work/steps/install" ] || echo "$((SECONDS - started))" >"$work/steps/install"
-
-# step NAME COMMAND…: runs it unless it is done; adds up its seconds, interrupted attempts included where they end tidily.
-step() {
-  local name=$1 begin=$SECONDS
-  shift
-  [ -f "$work/steps/$name" ] && return 0
-  echo "== $name" >&2
-  "$@"
-  echo "$((SECONDS - begin))" >"$work/steps/.$name" && mv "$work/steps/.$name" "$work/steps/$name" # whole, or not there
-}
-
-train() { # CONFIG STAGE
-  "$python" -m dreamlite_jax.train --config "configs/$1.py:$2,$work" --workdir "$work/$2"
-}
-
-latents() { # NAME SPLIT OUTPUT
-  "$python" -m dreamlite_jax.precompute --config "configs/precompute.py:$1" --config.source.path="$work/data" \
-    --config.source.split="$2" --output "$work/latents/$3"
-}
-
-evaluate() { # NAME STAGE TASKS SPLITS [SETTINGS…]
-  local name=$1 stage=$2 tasks=$3 splits=$4
-  shift 4
-  rm -rf "$work/evals/$name" # of a try that was stopped before its step was marked as done
-  # shellcheck disable=SC2086 # tasks and splits are lists of words
-  "$python" -m dreamlite_jax.evaluate --model "$work/$stage" --benchmark sprites --task $tasks --split $splits \
-    --output "$work/evals/$name" "$@"
-}
+# shellcheck source=SCRIPTDIR/steps.sh
+. "$ROOT/launch/steps.sh"
+begin demo,convert
 
 # draw STAGE FOLDER SUFFIX: samples, edits, converts, and draws both again without JAX.
 draw() {
@@ -84,12 +50,14 @@ else
   step sft train quickstart_post sft
   step refl train quickstart_post refl
   step dmd2 train quickstart_post dmd2
-  step eval_sft evaluate sft sft "generate edit" validation
-  step eval_refl evaluate refl refl "generate edit" "validation heldout"
-  step eval_dmd2 evaluate dmd2 dmd2 "generate edit" "validation heldout"
+  # Three pictures of each item, so that the spread between seeds is seen.
+  three() { step "eval_$1" evaluate "$1" "$2" "generate edit" "validation heldout" --draws 3 "${@:3}"; }
+  three sft sft
+  three refl refl
+  three dmd2 dmd2
   # What the student is held against: its teacher as it is meant to be sampled, and sampled like the student.
-  step eval_teacher evaluate teacher refl "generate edit" validation --steps 28
-  step eval_undistilled evaluate undistilled refl "generate edit" validation --steps 4 --guidance_scale 1 --image_guidance_scale 1
+  three teacher refl --steps 28
+  three undistilled refl --steps 4 --guidance_scale 1 --image_guidance_scale 1
   draw dmd2 "$work/student" _student
 fi
 "$python" -m dreamlite_jax.evals.quickstart --workdir "$work"

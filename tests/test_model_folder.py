@@ -12,7 +12,7 @@ import pytest
 from dreamlite_jax import model_folder
 from dreamlite_jax.config import ModelConfig, VAEConfig
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.tensor_files import read_metadata, stored_tensors, write_tensors
+from dreamlite_jax.tensor_files import open_tensors, read_metadata, stored_tensors, write_tensors
 
 VAE = VAEConfig(width=8, encoder_blocks=(1, 1, 1, 1), decoder_blocks=(1, 1, 1, 1))
 CONFIG = ModelConfig(unet=dataclasses.replace(oracles.SMALL_UNET, ff_mult=2), vae=VAE, steps=9, native_size=64)
@@ -110,7 +110,7 @@ def test_more_folders_are_copied_in(tmp_path):
 
 def rewrite(path, change):
     """Changes the tensors of a file."""
-    with model_folder.open_tensors(path) as file:
+    with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(tensors)
     write_tensors(path, tensors)

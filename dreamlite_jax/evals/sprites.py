@@ -3,21 +3,27 @@
 Retrieval: a generated picture is right when its own scene's render is nearer to it than seven others', by mean squared
 pixel error; "random" distractors are other scenes of the benchmark, "hard" ones differ from it in one object, colour or
 place. Edit gain: within the region that the edit changes, the result is nearer to the target than the untouched source
-is. Unchanged PSNR: elsewhere, between result and source.
+is. Unchanged PSNR: elsewhere, between result and source. Reward: nearness to the true picture as ReFL judges it
+(`rewards.perceptual.TargetReward`), 0 at most.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
 from dreamlite_jax import pictures
+from dreamlite_jax.assets import SPRITES_VAE
 from dreamlite_jax.data.sprites import builder
 from dreamlite_jax.data.sprites.render import box, changed_region, render
 from dreamlite_jax.data.sprites.scenes import disguises, neighbours
 from dreamlite_jax.model import Model
+from dreamlite_jax.rewards.base import Context
+from dreamlite_jax.rewards.perceptual import TargetReward
 
 CHANCE = 1 / 8
 PSNR_CAP = 60.0  # dB of an item, so that a perfect one does not make the mean infinite
@@ -34,37 +40,50 @@ class Protocol:
     size: int = 64
     seed: int = 0  # of the items; picture i starts from noise seed i
     batch_size: int = 50
+    draws: int = 1  # pictures of an item; draw d of picture i starts from noise seed d * items + i
 
     def line(self, model: Model) -> str:
         c = model.config
+        draws = "" if self.draws == 1 else f", {self.draws} draws an item (mean, standard deviation between draws)"
         return (
             f"sprites/{self.split}, {self.items} items a task, {self.size} px, {self.steps} Euler steps, "
             f"guidance {c.guidance_scale} (image {c.image_guidance_scale}), EMA weights, "
-            f"noise seeds 0..{self.items - 1}, distance: mean squared pixel error"
+            f"noise seeds 0..{self.draws * self.items - 1}{draws}, distance: mean squared pixel error"
         )
 
 
 def evaluate(model: Model, protocol: Protocol, tasks: tuple[str, ...], output: Path | None = None) -> dict[str, Any]:
-    """Scores of the tasks ("generate", "edit"); with `output`, labelled grids are written there."""
+    """Scores of the tasks ("generate", "edit"); with `output`, labelled grids of the first draw are written there."""
     report: dict[str, Any] = {"protocol": protocol.line(model)}
-    if "generate" in tasks:
-        items = list(builder.samples("t2i", protocol.split, protocol.items, protocol.seed))
-        made = run_batches(model, protocol, items, editing=False)
-        report["generate"] = score_generation(items, made, protocol)
+    for task, name, score, grid in (
+        ("generate", "t2i", score_generation, generation_grid),
+        ("edit", "edit", score_edits, edit_grid),
+    ):
+        if task not in tasks:
+            continue
+        items = list(builder.samples(name, protocol.split, protocol.items, protocol.seed))
+        made = [run_batches(model, protocol, items, task == "edit", draw) for draw in range(protocol.draws)]
+        report[task] = averaged([score(items, pictures, protocol) for pictures in made])
         if output:
-            save(output / f"generate_{protocol.split}.png", generation_grid(items, made, protocol))
-    if "edit" in tasks:
-        items = list(builder.samples("edit", protocol.split, protocol.items, protocol.seed))
-        made = run_batches(model, protocol, items, editing=True)
-        report["edit"] = score_edits(items, made, protocol)
-        if output:
-            save(output / f"edit_{protocol.split}.png", edit_grid(items, made, protocol))
+            save(output / f"{task}_{protocol.split}.png", grid(items, made[0], protocol))
     return report
 
 
-def run_batches(model: Model, protocol: Protocol, items: list[builder.Sample], editing: bool) -> np.ndarray:
+def averaged(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over draws; of several also "spread", the standard deviation of each number between them."""
+    first = scores[0]
+    if len(scores) == 1:
+        return first
+    means = jax.tree.map(lambda *values: float(np.mean(values)), *scores)  # those by tag too
+    numbers = [name for name, value in first.items() if isinstance(value, float)]
+    return {**means, "spread": {name: float(np.std([score[name] for score in scores], ddof=1)) for name in numbers}}
+
+
+def run_batches(
+    model: Model, protocol: Protocol, items: list[builder.Sample], editing: bool, draw: int = 0
+) -> np.ndarray:
     """(n, size, size, 3) uint8."""
-    made = []
+    made, first = [], draw * len(items)
     for start in range(0, len(items), protocol.batch_size):
         batch = items[start : start + protocol.batch_size]
         sources = [Image.fromarray(render(item.source, protocol.size)) for item in batch] if editing else None
@@ -74,10 +93,18 @@ def run_batches(model: Model, protocol: Protocol, items: list[builder.Sample], e
             steps=protocol.steps,
             width=protocol.size,
             height=protocol.size,
-            seeds=range(start, start + len(batch)),
+            seeds=range(first + start, first + start + len(batch)),
         )
         made.append(pictures.to_uint8(images))
     return np.concatenate(made)
+
+
+def mean_reward(made: np.ndarray, truths: Sequence[np.ndarray]) -> float:
+    """Mean `TargetReward` of pictures (n, H, W, 3) uint8, by the eyes of the shipped autoencoder."""
+    judge = TargetReward.from_vae(SPRITES_VAE)
+    shown, wanted = (np.asarray(images, np.float32) / 127.5 - 1 for images in (made, np.stack(truths)))
+    context = Context({}, np.zeros_like(wanted), wanted, np.zeros(len(wanted), np.float32))
+    return float(jax.jit(judge)(judge.params, shown, context).mean())
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -91,7 +118,7 @@ def nearest(made: np.ndarray, truth: np.ndarray, others: list[np.ndarray]) -> bo
 
 
 def score_generation(items: list[builder.Sample], made: np.ndarray, protocol: Protocol) -> dict[str, Any]:
-    """retrieval_random, retrieval_hard and mean squared error, with the shares by tag."""
+    """retrieval_random, retrieval_hard, mean squared error and reward, with the shares by tag."""
     rng = np.random.default_rng(protocol.seed)
     truths = [render(item.target, protocol.size) for item in items]
     easy, hard = [], []
@@ -104,12 +131,13 @@ def score_generation(items: list[builder.Sample], made: np.ndarray, protocol: Pr
         "retrieval_hard": float(np.mean(hard)),
         "chance": CHANCE,
         "mse": float(np.mean([distance(a, b) for a, b in zip(made, truths, strict=True)])),
+        "reward": mean_reward(made, truths),
         "hard_by_tag": by_tag(items, hard),
     }
 
 
 def score_edits(items: list[builder.Sample], made: np.ndarray, protocol: Protocol) -> dict[str, Any]:
-    """edit_gain, unchanged_psnr and objects_kept, with the gain by operation."""
+    """edit_gain, unchanged_psnr, objects_kept and reward, with the gain by operation."""
     rng = np.random.default_rng(protocol.seed)
     gain, kept, gained_items, objects = [], [], [], []
     for item, result in zip(items, made, strict=True):
@@ -126,6 +154,7 @@ def score_edits(items: list[builder.Sample], made: np.ndarray, protocol: Protoco
         "edit_gain": float(np.mean(gain)),
         "unchanged_psnr": float(np.mean(kept)),
         "objects_kept": float(np.mean(objects)),
+        "reward": mean_reward(made, [render(item.target, protocol.size) for item in items]),
         "gain_by_operation": by_tag(gained_items, gain),
     }
 

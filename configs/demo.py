@@ -1,0 +1,41 @@
+"""The model that travels with the package (dreamlite_jax/assets/demo): the quick start's recipe, narrower and longer.
+
+    launch/demo.sh runs/demo                                       # data, all six stages, scores
+    python -m dreamlite_jax.train --config configs/demo.py:joint --workdir runs/demo/joint     # one stage
+
+The file in the repository must stay below 5 MB, so the network has 4.2 M parameters, which are stored in a byte each.
+Everything that is not said here is as in configs/quickstart.py and configs/quickstart_post.py.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from dreamlite_jax.training.config import read_config_file
+
+# Steps, the learning rate's peak and the share of it that is left at the end, EMA.
+STAGES = {
+    "t2i": (2_000, 1.5e-3, 0.7, 0.997),
+    "edit": (2_000, 1.3e-3, 0.8, 0.997),
+    "joint": (8_000, 1.2e-3, 0.02, 0.999),
+    "sft": (300, 3e-4, 0.1, 0.99),
+    "refl": (400, 1e-4, 0.1, 0.99),
+    "dmd2": (500, 1e-4, 0.1, 0.99),
+}
+PRETRAINING = ("t2i", "edit", "joint")
+
+
+def get_config(argument: str = "t2i") -> ConfigDict:
+    """`argument` is STAGE or STAGE,ROOT: one of STAGES, and the folder of the whole run (runs/demo)."""
+    stage, _, root = argument.partition(",")
+    if stage not in STAGES:
+        raise KeyError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
+    recipe = "quickstart.py" if stage in PRETRAINING else "quickstart_post.py"
+    c = ConfigDict(read_config_file(f"{Path(__file__).with_name(recipe)}:{stage},{root or 'runs/demo'}"))
+    steps, learning_rate, final_fraction, ema_decay = STAGES[stage]
+    c.steps = steps
+    c.optim.update({"learning_rate": learning_rate, "final_fraction": final_fraction, "ema_decay": ema_decay})
+    c.model.unet.update({"block_out_channels": (96, 112, 112), "num_heads": (3, 4, 4)})
+    c.checkpoint_every = 250 if stage in PRETRAINING else 50
+    c.grid_every = steps
+    return c

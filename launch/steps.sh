@@ -1,0 +1,41 @@
+# shellcheck shell=bash
+# Sourced after env.sh by scripts of many steps, which name their folder in `work`.
+
+begin() { # EXTRAS: makes the folder and, where it is not there yet, the environment
+  local begin=$SECONDS
+  mkdir -p "$work" && work=$(cd "$work" && pwd)
+  cd "$ROOT" || return
+  "$ROOT/launch/setup.sh" "$1"
+  python="$VENV/bin/python"
+  export JAX_COMPILATION_CACHE_DIR="$work/cache" # an interrupted stage does not compile again
+  mkdir -p "$work/steps"
+  [ -f "$work/steps/install" ] || echo "$((SECONDS - begin))" >"$work/steps/install"
+}
+
+# step NAME COMMAND…: runs it unless it is done; adds up its seconds, interrupted attempts included where they end tidily.
+step() {
+  local name=$1 begin=$SECONDS
+  shift
+  [ -f "$work/steps/$name" ] && return 0
+  echo "== $name" >&2
+  "$@"
+  echo "$((SECONDS - begin))" >"$work/steps/.$name" && mv "$work/steps/.$name" "$work/steps/$name" # whole, or not there
+}
+
+train() { # CONFIG STAGE
+  "$python" -m dreamlite_jax.train --config "configs/$1.py:$2,$work" --workdir "$work/$2"
+}
+
+latents() { # NAME SPLIT OUTPUT
+  "$python" -m dreamlite_jax.precompute --config "configs/precompute.py:$1" --config.source.path="$work/data" \
+    --config.source.split="$2" --output "$work/latents/$3"
+}
+
+evaluate() { # NAME STAGE TASKS SPLITS [SETTINGS…]
+  local name=$1 stage=$2 tasks=$3 splits=$4
+  shift 4
+  rm -rf "$work/evals/$name" # of a try that was stopped before its step was marked as done
+  # shellcheck disable=SC2086 # tasks and splits are lists of words
+  "$python" -m dreamlite_jax.evaluate --model "$work/$stage" --benchmark sprites --task $tasks --split $splits \
+    --output "$work/evals/$name" "$@"
+}
