@@ -16,11 +16,11 @@ from dreamlite_jax.training.config import read_config_file
 # Steps, the learning rate's peak and the share of it that is left at the end, EMA.
 STAGES = {
     "t2i": (2_000, 1.5e-3, 0.7, 0.997),
-    "edit": (2_000, 1.3e-3, 0.8, 0.997),
-    "joint": (8_000, 1.2e-3, 0.02, 0.999),
+    "edit": (1_200, 1.3e-3, 0.8, 0.997),
+    "joint": (7_000, 1.2e-3, 0.02, 0.999),
     "sft": (300, 3e-4, 0.1, 0.99),
-    "refl": (400, 1e-4, 0.1, 0.99),
-    "dmd2": (500, 1e-4, 0.1, 0.99),
+    "refl": (300, 1e-4, 0.1, 0.99),
+    "dmd2": (400, 1e-4, 0.1, 0.99),
 }
 PRETRAINING = ("t2i", "edit", "joint")
 

@@ -50,8 +50,8 @@ else
   step sft train quickstart_post sft
   step refl train quickstart_post refl
   step dmd2 train quickstart_post dmd2
-  # Three pictures of each item, so that the spread between seeds is seen.
-  three() { step "eval_$1" evaluate "$1" "$2" "generate edit" "validation heldout" --draws 3 "${@:3}"; }
+  # Combinations that no stage has seen, three pictures of each item, so that the spread between seeds is seen.
+  three() { step "eval_$1" evaluate "$1" "$2" "generate edit" heldout --draws 3 "${@:3}"; }
   three sft sft
   three refl refl
   three dmd2 dmd2

@@ -21,7 +21,7 @@ def test_scripts_are_clean():
 
 @pytest.fixture
 def launched(tmp_path):
-    """Runs the quick start in a copy whose commands only write down what they were asked to do."""
+    """Runs a script in a copy of launch/ whose commands only write down what they were asked to do."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     for name in ("setup.cfg", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
@@ -29,14 +29,14 @@ def launched(tmp_path):
     recorder = tmp_path / ".venv" / "bin" / "python"
     recorder.parent.mkdir(parents=True)
 
-    def run(*arguments: str, fail: str = "no such command") -> tuple[int, list[str]]:
+    def run(*arguments: str, fail: str = "no such command", script: str = "quickstart.sh") -> tuple[int, list[str]]:
         log.write_text("")
         recorder.write_text(f'#!/bin/sh\necho "$*" >> {log}\ncase "$*" in *"{fail}"*) exit 1;; esac\n')
         recorder.chmod(0o755)
         # Its own environment folder, not the one that these tests may run in.
         env = {**os.environ, "DREAMLITE_VENV": str(tmp_path / ".venv")}
         done = subprocess.run(
-            ["bash", tmp_path / "launch" / "quickstart.sh", *arguments], capture_output=True, cwd=tmp_path, env=env
+            ["bash", tmp_path / "launch" / script, *arguments], capture_output=True, cwd=tmp_path, env=env
         )
         return done.returncode, [line for line in log.read_text().splitlines() if " pip " not in line]
 
@@ -61,6 +61,18 @@ def test_a_failed_step_stops_the_run_and_is_taken_up_again(launched):
     assert code == 0
     assert "quickstart.py:edit" in second[0]
     assert not any("quickstart.py:t2i" in line for line in second)
+
+
+def test_the_demo_model_is_all_stages_made_compact(launched, tmp_path):
+    failed, first = launched(fail="demo.py:dmd2", script="demo.sh")
+    assert failed != 0 and "demo.py:dmd2" in first[-1]
+    trained = [line.split("/demo.py:")[1].split(",")[0] for line in first if "dreamlite_jax.train" in line]
+    assert trained == ["t2i", "edit", "joint", "sft", "refl", "dmd2"]
+    again, rest = launched(fail="dreamlite_jax.evaluate", script="demo.sh")
+    assert again != 0 and [line.split()[1] for line in rest] == [
+        f"dreamlite_jax.{name}" for name in ("train", "compact", "evaluate")
+    ]
+    assert f"--output {tmp_path}/runs/demo/demo" in rest[1]
 
 
 def test_full_goes_on_from_the_joint_stage_to_the_student(launched):

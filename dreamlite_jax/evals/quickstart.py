@@ -21,9 +21,22 @@ FLOORS = (
     ("edit gain", ("joint", "validation", "edit", "edit_gain"), 0.80),
     ("unchanged region, dB", ("joint", "validation", "edit", "unchanged_psnr"), 18.0),
 )
+COMPARED = (  # what, task and key of the number
+    ("retrieval (random)", "generate", "retrieval_random"),
+    ("retrieval (hard)", "generate", "retrieval_hard"),
+    ("edit gain", "edit", "edit_gain"),
+)
+MORE = (
+    ("unchanged, dB", "edit", "unchanged_psnr"),
+    ("objects kept", "edit", "objects_kept"),
+    ("reward (generate)", "generate", "reward"),
+    ("reward (edit)", "edit", "reward"),
+)
 SPECIALIST_MARGIN = 0.05
 KEPT_BY_STUDENT = 0.90  # share of the guided 28-step teacher's retrieval and edit gain
 LOST_BY_REFL = 0.02  # at most, of retrieval and edit gain
+WON_BY_STUDENT = 0.01  # at least, of every score but edit gain, which the undistilled model has too
+WON_BY_REFL = 0.02  # at least, of the reward, of which one wrong object costs about 1
 RUNTIME_PSNR = 40.0
 
 
@@ -66,8 +79,8 @@ def runtime_psnr(folder: Path, name: str) -> float:
 
 
 def headline(report: dict[str, Any]) -> str:
-    """The numbers of a stage on the validation split, in words."""
-    scores, words = report["validation"], []
+    """The numbers of a stage on its first split, in words."""
+    scores, words = next(iter(report.values())), []
     if "generate" in scores:
         words.append("retrieval {retrieval_random:.2f} random, {retrieval_hard:.2f} hard".format(**scores["generate"]))
     if "edit" in scores:
@@ -90,33 +103,51 @@ def checks(evals: dict[str, Any], psnr: dict[str, float]) -> list[dict[str, Any]
         rows.append((name, joint[task][key] - evals[specialist]["validation"][task][key], -SPECIALIST_MARGIN))
     rows += [(f"LiteRT beside JAX, {name} picture, dB", value, RUNTIME_PSNR) for name, value in psnr.items()]
     if "dmd2" in evals:
-        rows += post_checks({name: report["validation"] for name, report in evals.items()})
+        rows += post_checks({name: evals[name]["heldout"] for name in (*POST_STAGES, "teacher", "undistilled")})
     return [
         {"what": name, "value": value, "least": floor, "holds": bool(value >= floor)} for name, value, floor in rows
     ]
 
 
 def post_checks(scores: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """What post-training must not lose, and what the student must keep and gain; (what, value, floor)."""
+    """What post-training must win, not lose, and the student keep, on held-out prompts; (what, value, floor)."""
+    won = []
+    for task in ("generate", "edit"):
+        after, before = (scores[name][task]["reward"] for name in ("refl", "sft"))
+        won.append((f"ReFL beside SFT, reward ({task})", after - before, WON_BY_REFL))
     rows = []
-    for title, task, key in (
-        ("retrieval (random)", "generate", "retrieval_random"),
-        ("retrieval (hard)", "generate", "retrieval_hard"),
-        ("edit gain", "edit", "edit_gain"),
-    ):
-        of = {name: scores[name][task][key] for name in ("sft", "refl", "dmd2", "teacher", "undistilled")}
+    for title, task, key in COMPARED:
+        of = {name: report[task][key] for name, report in scores.items()}
         rows.append((f"ReFL beside SFT, {title}", of["refl"] - of["sft"], -LOST_BY_REFL))
         kept = of["dmd2"] / of["teacher"]
         rows.append((f"student of four steps over its teacher of 28, {title}", kept, KEPT_BY_STUDENT))
-        rows.append(
-            (f"student beside its teacher in four unguided steps, {title}", of["dmd2"] - of["undistilled"], 0.0)
-        )
-    return rows
+    for title, task, key in (COMPARED[0], COMPARED[1], *MORE):
+        won_by = scores["dmd2"][task][key] - scores["undistilled"][task][key]
+        rows.append((f"student beside its teacher in four unguided steps, {title}", won_by, WON_BY_STUDENT))
+    return won + rows
+
+
+def post_table(evals: dict[str, Any]) -> str:
+    """Held-out scores around ReFL and distillation, with the standard deviation between three draws, as markdown."""
+    rows = {
+        "SFT": "sft",
+        "ReFL": "refl",
+        "ReFL, 28 guided steps (the teacher)": "teacher",
+        "ReFL, 4 unguided steps": "undistilled",
+        "DMD2, 4 unguided steps (the student)": "dmd2",
+    }
+    columns = (*COMPARED, *MORE)
+    lines = ["| held out | " + " | ".join(title for title, _, _ in columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for title, name in rows.items():
+        scores = evals[name]["heldout"]
+        cells = [f"{scores[task][key]:.3f} ± {scores[task]['spread'][key]:.3f}" for _, task, key in columns]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + f"\n\nProtocol: {evals['dmd2']['heldout']['protocol']}."
 
 
 def table(report: dict[str, Any]) -> str:
     """Stage, steps, minutes, numbers, as markdown."""
-    lines = ["| stage | steps | minutes | numbers (validation) |", "|---|---|---|---|"]
+    lines = ["| stage | steps | minutes | numbers (validation; after joint: held out) |", "|---|---|---|---|"]
     minutes = report["minutes"]
     groups = {
         "install": ["install"],
@@ -146,10 +177,9 @@ def page(report: dict[str, Any]) -> str:
         f"| {row['what']} | {row['value']:.3f} | {row['least']:g} | {'yes' if row['holds'] else '**no**'} |"
         for row in report["checks"]
     )
-    grids = "\n\n".join(
-        f"![{name}](evals/{Path(report['model']).name}/{name}.png)"
-        for name in ("generate_validation", "edit_validation", "generate_heldout", "edit_heldout")
-    )
+    post = post_table(report["evals"]) + "\n\n" if "dmd2" in report["evals"] else ""
+    shown = [(stage, f"generate_{split}", f"edit_{split}") for stage, split in grids_of(report)]
+    grids = "\n\n".join(f"![{stage} {name}](evals/{stage}/{name}.png)" for stage, *names in shown for name in names)
     return f"""# A small DreamLite, trained on this machine
 
 {table(report)}
@@ -157,7 +187,7 @@ def page(report: dict[str, Any]) -> str:
 Protocol: {report["evals"]["joint"]["validation"]["protocol"]}. Chance of retrieval is 0.125. Held-out scenes have
 object–colour and object–place pairs that never occur in training.
 
-| required | value | least | holds |
+{post}| required | value | least | holds |
 |---|---|---|---|
 {checked}
 
@@ -169,6 +199,13 @@ object–colour and object–place pairs that never occur in training.
 
 {commands(report)}
 """
+
+
+def grids_of(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """(evaluation, split) of the pictures to show: of a full run before and after each part of post-training."""
+    if "dmd2" in report["evals"]:
+        return [(name, "heldout") for name in ("sft", "refl", "undistilled", "dmd2")]
+    return [("joint", "validation"), ("joint", "heldout")]
 
 
 def commands(report: dict[str, Any]) -> str:

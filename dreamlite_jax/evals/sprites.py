@@ -75,7 +75,7 @@ def averaged(scores: list[dict[str, Any]]) -> dict[str, Any]:
     if len(scores) == 1:
         return first
     means = jax.tree.map(lambda *values: float(np.mean(values)), *scores)  # those by tag too
-    numbers = [name for name, value in first.items() if isinstance(value, float)]
+    numbers = [name for name, value in first.items() if isinstance(value, float) and name != "chance"]
     return {**means, "spread": {name: float(np.std([score[name] for score in scores], ddof=1)) for name in numbers}}
 
 

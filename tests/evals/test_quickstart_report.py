@@ -9,9 +9,10 @@ from PIL import Image
 from dreamlite_jax.evals import quickstart
 
 GOOD = {
-    "generate": {"retrieval_random": 0.95, "retrieval_hard": 0.7, "mse": 0.01},
-    "edit": {"edit_gain": 0.96, "unchanged_psnr": 23.0, "objects_kept": 0.8},
+    "generate": {"retrieval_random": 0.95, "retrieval_hard": 0.7, "mse": 0.01, "reward": -0.8},
+    "edit": {"edit_gain": 0.96, "unchanged_psnr": 23.0, "objects_kept": 0.8, "reward": -1.1},
 }
+SPREAD = 0.004  # between draws
 
 
 def write(path, value):
@@ -29,14 +30,13 @@ def work(tmp_path):
             (tmp_path / "steps").mkdir(exist_ok=True)
             (tmp_path / "steps" / name).write_text("60")
         for name in [*stages, *(("teacher", "undistilled") if full else ())]:
-            scores = {task: dict(values) for task, values in GOOD.items()}
-            if name == "undistilled":
-                scores = {task: {k: v - 0.3 for k, v in values.items()} for task, values in scores.items()}
-            protocol = {"protocol": "200 items"}
-            write(
-                tmp_path / "evals" / name / "report.json",
-                {s: {**protocol, **scores} for s in ("validation", "heldout")},
-            )
+            lower = {"undistilled": 0.3, "sft": 0.05}.get(name, 0.0)
+            scores = {task: {k: v - lower for k, v in values.items()} for task, values in GOOD.items()}
+            splits = ("validation", "heldout")
+            if name not in quickstart.STAGES:
+                splits = ("heldout",)
+                scores = {task: {**values, "spread": dict.fromkeys(values, SPREAD)} for task, values in scores.items()}
+            write(tmp_path / "evals" / name / "report.json", {s: {"protocol": "200 items", **scores} for s in splits})
         for i, name in enumerate(stages):
             clock = {"train": 100.0, "compile": 10.0, "pause": 10.0}
             write(tmp_path / name / "model" / "model.json", {"provenance": {"steps": 100 + i, "clock": clock}})
@@ -98,10 +98,27 @@ def test_a_full_run_holds_the_student_against_its_teacher(work, capsys):
     assert quickstart.main(["--workdir", str(folder)]) == 0
     report = json.loads((folder / "report.json").read_text())
     assert [s["stage"] for s in report["stages"]] == [*quickstart.STAGES, *quickstart.POST_STAGES]
-    assert report["model"].endswith("dmd2") and "evals/dmd2/" in (folder / "report.md").read_text()
-    spoil(folder, "dmd2", "edit", "edit_gain", 0.8)
+    page = (folder / "report.md").read_text()
+    assert report["model"].endswith("dmd2") and "evals/dmd2/edit_heldout.png" in page and "joint/" not in page
+    assert "| ReFL, 4 unguided steps | 0.650 ± 0.004 |" in page and "| ReFL | 0.950 ± 0.004 |" in page
+    spoil(folder, "dmd2", "edit", "edit_gain", 0.8, split="heldout")
     assert quickstart.main(["--workdir", str(folder)]) == 1
     assert "student of four steps over its teacher of 28, edit gain is 0.833" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "key", "value", "said"),
+    [
+        ("refl", "generate", "reward", -0.85, "ReFL beside SFT, reward (generate) is 0.000, least 0.02"),
+        ("refl", "generate", "retrieval_hard", 0.62, "ReFL beside SFT, retrieval (hard) is -0.030, least -0.02"),
+        ("undistilled", "generate", "retrieval_hard", 0.7, "in four unguided steps, retrieval (hard) is 0.000"),
+    ],
+)
+def test_post_training_must_win_and_not_lose(work, capsys, name, task, key, value, said):
+    folder = work(full=True)
+    spoil(folder, name, task, key, value, split="heldout")
+    assert quickstart.main(["--workdir", str(folder)]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_named(tmp_path):

@@ -38,6 +38,7 @@ def noise(seed=0):
 def test_the_truth_gets_full_marks(scenes):
     scores = sprites.score_generation(scenes, pictures_of(scenes), PROTOCOL)
     assert (scores["retrieval_random"], scores["retrieval_hard"], scores["mse"]) == (1.0, 1.0, 0.0)
+    assert scores["reward"] == pytest.approx(0.0, abs=1e-5)
     assert set(scores["hard_by_tag"].values()) == {1.0} and set(scores["hard_by_tag"]) == {s.tag for s in scenes}
 
 
@@ -58,7 +59,8 @@ def test_pictures_of_nothing_score_by_chance(scenes):
 
 def test_another_scene_is_wrong(scenes):
     made = np.roll(pictures_of(scenes), 1, axis=0)
-    assert sprites.score_generation(scenes, made, PROTOCOL)["retrieval_random"] < 0.5
+    scores = sprites.score_generation(scenes, made, PROTOCOL)
+    assert scores["retrieval_random"] < 0.5 and scores["reward"] < -1.0
 
 
 def test_neighbours_fail_where_they_are_the_distractors(scenes, monkeypatch):
@@ -150,3 +152,16 @@ def test_evaluate_asks_every_item_once_and_draws_grids(scenes, edits, tmp_path):
     for name in ("generate", "edit"):
         with Image.open(tmp_path / f"{name}_validation.png") as grid:
             assert grid.width > 8 * 128 and grid.height > 2 * 2 * 128
+
+
+def test_several_draws_give_means_and_their_spread(scenes):
+    """The first draw is right, the second all wrong: means of a half, and the standard deviation of 0 and 1."""
+    protocol = dataclasses.replace(PROTOCOL, items=16, batch_size=8, draws=2)
+    right = pictures_of(scenes)[:16]
+    painter = Painter([*right, *(255 - right)])
+    report = sprites.evaluate(painter, protocol, ("generate",))
+    assert [seed for _, options in painter.asked for seed in options["seeds"]] == list(range(32))
+    scores = report["generate"]
+    assert scores["retrieval_random"] == 0.5 and scores["spread"]["retrieval_random"] == pytest.approx(0.5**0.5)
+    assert "chance" not in scores["spread"] and set(scores["hard_by_tag"].values()) == {0.5}
+    assert "0..31, 2 draws an item" in report["protocol"]
