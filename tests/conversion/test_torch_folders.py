@@ -57,15 +57,20 @@ def test_diffusers_folder_there_and_back(layout, tmp_path):
     assert written == diffusers_config.unet_to_diffusers(UNET, 32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_model_folder_there_and_back(dtype, tmp_path):
+def random_model():
+    """Config and parameters of a small model with the small text encoder."""
     config = ModelConfig(unet=UNET, vae=VAE, text=TextConfig(encoder="minilm"), native_size=64)
-    shapes = {name: model_folder.expected_shapes(name, getattr(config, name)) for name in model_folder.COMPONENTS}
     rng = np.random.default_rng(0)
-    params = {
+    shapes = {name: model_folder.expected_shapes(name, getattr(config, name)) for name in model_folder.COMPONENTS}
+    return config, {
         name: model_folder.unflatten({path: rng.standard_normal(shape, np.float32) for path, shape in part.items()})
         for name, part in shapes.items()
     }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_model_folder_there_and_back(dtype, tmp_path):
+    config, params = random_model()
     ours = model_folder.save_model(tmp_path / "ours", config, params, {}, dtype=DTYPES[dtype])
     report = to_torch.convert(ours, tmp_path / "theirs")
     assert "minilm" in report["absent"]["text_encoder"]
@@ -73,6 +78,16 @@ def test_model_folder_there_and_back(dtype, tmp_path):
     for component in model_folder.COMPONENTS:
         file = model_folder.weight_file(component)
         assert_same_bits(read_all(ours / file), read_all(tmp_path / "back" / file))
+
+
+def test_a_compact_model_goes_there_as_the_floats_that_it_stands_for(tmp_path):
+    config, params = random_model()
+    ours = model_folder.save_model(tmp_path / "ours", config, params, {}, dtype=np.int8)
+    to_torch.convert(ours, tmp_path / "theirs")
+    from_torch.convert(str(tmp_path / "theirs"), tmp_path / "back")
+    for component in model_folder.COMPONENTS:
+        there = model_folder.flatten(model_folder.load_params(ours, component))
+        assert_same_bits(there, model_folder.flatten(model_folder.load_params(tmp_path / "back", component)))
     assert model_folder.load_config(tmp_path / "back").unet == UNET
 
 
