@@ -154,41 +154,42 @@ class DMD2Stage(LatentStage):
     def follow(
         self, fake: Any, opt_state: Any, params: Any, made: Latent, batch: Batch, key: jax.Array
     ) -> tuple[Any, Any, Metrics]:
-        """The fake score's updates: the first on `made`, the others on new pictures of the same prompts."""
+        """The fake score's updates: the first on `made`, the others on new pictures of the same prompts.
 
-        def update(fake: Any, opt_state: Any, pictures: Latent, key: jax.Array) -> tuple[Any, Any, Metrics]:
+        Every network stands in the program once, however many updates there are: compiling it is what takes long.
+        """
+        make_key, loss_key = jax.random.split(key)
+        count, pictures = self.config.dmd.fake_updates, made[None]
+        if count > 1:
+            others = jax.lax.map(lambda key: self.generate(params, batch, key), jax.random.split(make_key, count - 1))
+            pictures = jnp.concatenate([pictures, others])
+
+        def update(carry: Any, given: tuple[Latent, Any]) -> tuple[Any, Metrics]:
+            fake, opt_state = carry
             grad_fn = jax.value_and_grad(self.fake_loss, has_aux=True)
-            (loss, metrics), grads = grad_fn(self.whole_fake(fake), pictures, batch, key)
+            (loss, metrics), grads = grad_fn(self.whole_fake(fake), given[0], batch, given[1])
             grads = sharding.owned(grads, fake)
             fake, opt_state = optim.update(self.fake_optimizer, grads, opt_state, fake)
-            return fake, opt_state, {"fake_loss": loss, **metrics, "fake_grad_norm": optax.tree.norm(grads)}
+            return (fake, opt_state), {"fake_loss": loss, **metrics, "fake_grad_norm": optax.tree.norm(grads)}
 
-        def another(carry: tuple[Any, Any], key: jax.Array) -> tuple[tuple[Any, Any], Metrics]:
-            make_key, loss_key = jax.random.split(key)
-            *carry, metrics = update(*carry, self.generate(params, batch, make_key), loss_key)
-            return tuple(carry), metrics
-
-        first, *others = jax.random.split(key, self.config.dmd.fake_updates)
-        fake, opt_state, metrics = update(fake, opt_state, made, first)
-        if not others:
-            return fake, opt_state, metrics
         # In a loop on CPU, XLA's gradients of convolutions are ten times slower.
         repeat = unrolled if blocks.platform() == "cpu" else jax.lax.scan
-        (fake, opt_state), rest = repeat(another, (fake, opt_state), jnp.stack(others))
-        metrics = jax.tree.map(lambda one, more: (one + more.sum()) / (1 + len(others)), metrics, rest)
-        return fake, opt_state, metrics
+        (fake, opt_state), metrics = repeat(update, (fake, opt_state), (pictures, jax.random.split(loss_key, count)))
+        return fake, opt_state, {name: values.mean() for name, values in metrics.items()}
 
     def fake_loss(self, fake: Any, made: Latent, batch: Batch, key: jax.Array) -> tuple[Scalar, Metrics]:
         """Flow matching on the student's pictures; with a GAN also telling them from real ones, equally noised."""
         level_key, noise_key, real_key = jax.random.split(key, 3)
         sigma = self.noise_levels(level_key, made)
         noise = jax.random.normal(noise_key, made.shape)
-        velocity, logits = self.fake_answer(fake, flow.interpolate(made, noise, sigma), sigma, batch)
-        loss = jnp.square(velocity - flow.velocity_target(made, noise)).mean()
+        noisy, wanted = flow.interpolate(made, noise, sigma), flow.velocity_target(made, noise)
         if not self.gan:
-            return loss, {}
+            return jnp.square(self.fake_answer(fake, noisy, sigma, batch)[0] - wanted).mean(), {}
         real = flow.interpolate(batch["target"], jax.random.normal(real_key, made.shape), sigma)
-        _, real_logits = self.fake_answer(fake, real, sigma, batch)
+        velocities, (logits, real_logits) = jax.lax.map(
+            lambda noisy: self.fake_answer(fake, noisy, sigma, batch), jnp.stack([noisy, real])
+        )
+        loss = jnp.square(velocities[0] - wanted).mean()
         told = nn.softplus(logits).mean() + nn.softplus(-real_logits).mean()
         right = 0.5 * ((logits < 0).mean() + (real_logits > 0).mean())
         return loss + self.config.dmd.gan_fake_weight * told, {"gan_fake_loss": told, "gan_accuracy": right}
@@ -264,11 +265,11 @@ def matching_gradient(
     return (fake - real) / jnp.maximum(scale, 1e-6)
 
 
-def unrolled(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, items: Array) -> tuple[Any, Any]:
-    """`jax.lax.scan` over the items of an array, written out."""
+def unrolled(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, items: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan`, written out."""
     outputs = []
-    for item in items:
-        carry, output = function(carry, item)
+    for i in range(len(jax.tree.leaves(items)[0])):
+        carry, output = function(carry, jax.tree.map(lambda x, i=i: x[i], items))
         outputs.append(output)
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
