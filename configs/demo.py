@@ -4,7 +4,7 @@
     python -m dreamlite_jax.train --config configs/demo.py:joint --workdir runs/demo/joint     # one stage
 
 The file in the repository must stay below 5 MB, so the network has 4.2 M parameters, which are stored in a byte each.
-Everything that is not said here is as in configs/quickstart.py and configs/quickstart_post.py.
+Everything that is not said here is as in configs/quickstart.py and configs/quickstart_post.py. All numbers are ours.
 """
 
 from pathlib import Path

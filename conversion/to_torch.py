@@ -2,7 +2,8 @@
 
 `DreamLitePipeline.from_pretrained` and `DreamLiteMobilePipeline.from_pretrained` load it as it is when the model's text
 encoder is Qwen3-VL. A model with another one has no text encoder there: pass text_encoder=None, tokenizer=None and
-processor=None. Tensors keep their dtype; OUTPUT/report.json lists each with its two names, dtype and shape.
+processor=None. Tensors keep their dtype (those of one byte become float32); OUTPUT/report.json lists each with its
+two names, dtype and shape.
 """
 
 import json
@@ -16,7 +17,7 @@ from dreamlite_jax import cli, model_folder
 from dreamlite_jax.config import ModelConfig
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.int8 import open_weights, stored_weights
-from dreamlite_jax.tensor_files import Stored, check_tensors, write_streamed
+from dreamlite_jax.tensor_files import DTYPES, Stored, check_tensors, write_streamed
 
 from . import diffusers_config, names, outputs, resources, torch_files
 from .torch_files import Tensors
@@ -56,7 +57,9 @@ def convert(model: str | Path, output: str | Path) -> dict[str, Any]:
     report = torch_files.new_report("to_torch", model, {"model": model, "output": output})
     parts = [model / config.text.source / part for part in torch_files.TEXT_PARTS]
     weights = [model / model_folder.weight_file(component) for component in model_folder.COMPONENTS]
-    resources.check_disk(resources.bytes_of([*weights, *parts]), Path(output))
+    kinds = [kind for file in weights if file.is_file() for kind in stored_weights(file).values()]
+    whole = sum(kind.bytes for kind in kinds if kind.dtype in DTYPES)  # what is of another kind is refused below
+    resources.check_disk(whole + resources.bytes_of(parts), Path(output))
     with outputs.new_folder(Path(output)) as folder:
         for component in model_folder.COMPONENTS:
             if (model / model_folder.weight_file(component)).is_file():

@@ -52,6 +52,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def model_name(model: Path) -> str:
+    """What pictures and reports call the --model they are of: what was given."""
+    return "demo" if model == DEMO else str(model)
+
+
 def check_writable(name: str, folder: Path) -> None:
     """Raises `UserError` unless `folder` is, or can become, a folder to write into; creates nothing.
 

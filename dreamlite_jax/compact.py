@@ -19,7 +19,8 @@ from dreamlite_jax.errors import UserError
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.documented("dreamlite_jax.compact", __doc__)
     parser.add_argument("--model", required=True, type=Path, help="model folder, or workdir of a training run")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write; it must not exist or be empty")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; new or empty, but for --replace")
+    parser.add_argument("--replace", action="store_true", help="put the new model in the place of what is in --output")
     return parser.parse_args(argv)
 
 
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     cli.check_writable("--output", args.output)
     params = {component: model_folder.load_params(source, component) for component in model_folder.COMPONENTS}
-    model_folder.save_model(args.output, config, params, provenance, dtype=np.int8)
+    provenance["compact"] = "kernels in int8 with a scale an output channel"
+    model_folder.save_model(args.output, config, params, provenance, replace=args.replace, dtype=np.int8)
     for component, tree in params.items():
         name = model_folder.weight_file(component)
         before, after = ((folder / name).stat().st_size / 1e6 for folder in (source, args.output))

@@ -47,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             split: evaluate(model, Protocol(split, args.items, steps, draws=args.draws), tuple(args.task), folder)
             for split in args.split
         }
+        for scores in report.values():
+            scores["model"] = cli.model_name(args.model)
         (folder / "report.json").write_text(json.dumps(report, indent=1))
     for split, scores in report.items():
-        print(f"{split}: {scores['protocol']}")
+        print(f"{scores['model']}, {split}: {scores['protocol']}")
         for task in args.task:
             spread = {name: f" ± {value:.3f}" for name, value in scores[task].get("spread", {}).items()}
             numbers = {name: value for name, value in scores[task].items() if isinstance(value, float)}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dreamlite_jax.errors import UserError
 from dreamlite_jax.tensor_files import Stored, open_tensors, stored_tensors
 
 SCALE = ":scale"
@@ -18,14 +19,20 @@ LARGEST = 127
 
 
 def pack(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors to store instead of these: kernels, whose last axis is their output channel, as int8 and scales."""
+    """Tensors to store instead of these: kernels, whose last axis is their output channel, as int8 and scales.
+
+    Raises:
+      UserError: a weight is not a finite number.
+    """
     packed: dict[str, np.ndarray] = {}
     for name, array in tensors.items():
         if array.ndim < 2:
             packed[name] = np.asarray(array, np.float32)
             continue
-        largest = np.abs(array.astype(np.float32)).max(axis=tuple(range(array.ndim - 1)))
-        scale = np.where(largest > 0, largest / LARGEST, 1.0).astype(np.float32)
+        scale = np.abs(array.astype(np.float32)).max(axis=tuple(range(array.ndim - 1))) / LARGEST
+        if not np.isfinite(scale).all():
+            raise UserError(f"{name} has weights that are no finite numbers; there is no model of one byte of it")
+        scale = np.where(scale > 0, scale, np.float32(1))
         packed[name] = np.rint(array / scale).astype(np.int8)
         packed[name + SCALE] = scale
     return packed

@@ -1,8 +1,9 @@
 """The self-describing folder every command takes: `model.json` beside `unet.safetensors` and `vae.safetensors`.
 
 `model.json` holds the format version, the whole `ModelConfig` and the provenance (where the weights come from). Weight
-files hold one tensor a leaf of the flax parameter tree, named by its path joined with "/", in flax layout. A folder
-appears complete or not at all. A tiny autoencoder alone is one file that carries its config in its metadata.
+files hold one tensor a leaf of the flax parameter tree, named by its path joined with "/", in flax layout; where it is
+int8, its scales are beside it as NAME:scale (`dreamlite_jax.int8`). A folder appears complete or not at all. A tiny
+autoencoder alone is one file that carries its config in its metadata.
 """
 
 import contextlib

@@ -109,7 +109,8 @@ def settings_of(args: argparse.Namespace, job: Job) -> dict[str, Any]:
     chosen = {name: getattr(job.config, name) for name in ("steps", "guidance_scale", "image_guidance_scale")}
     chosen |= {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
     chosen |= {"width": job.width, "height": job.height}
-    return {"prompt": args.prompt, "image": str(args.image) if args.image else None, **chosen, "model": str(args.model)}
+    about = {"prompt": args.prompt, "image": str(args.image) if args.image else None, **chosen}
+    return {**about, "model": cli.model_name(args.model)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the model that travels with the package (dreamlite_jax/assets/demo), from nothing:
 #   launch/demo.sh [WORKDIR]
-# It ends as WORKDIR/demo with its scores in WORKDIR/evals/demo. As with launch/quickstart.sh the same command goes on.
+# It ends as WORKDIR/demo, which is what to copy there, with its scores in WORKDIR/evals/demo. As with launch/quickstart.sh
+# the same command goes on.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "$0")/env.sh"
@@ -20,6 +21,6 @@ step latents_edit_validation latents edit_64 validation edit_validation
 for stage in t2i edit joint sft refl dmd2; do
   step $stage train demo $stage
 done
-step compact "$python" -m dreamlite_jax.compact --model "$work/dmd2" --output "$work/demo"
+step compact "$python" -m dreamlite_jax.compact --model "$work/dmd2" --output "$work/demo" --replace
 step eval_demo evaluate demo demo "generate edit" "validation heldout" --draws 3
-cat "$work/evals/demo/report.json"
+echo "model: $work/demo; scores: $work/evals/demo/report.json"

@@ -51,7 +51,7 @@ else
   step refl train quickstart_post refl
   step dmd2 train quickstart_post dmd2
   # Combinations that no stage has seen, three pictures of each item, so that the spread between seeds is seen.
-  three() { step "eval_$1" evaluate "$1" "$2" "generate edit" heldout --draws 3 "${@:3}"; }
+  three() { step "eval_heldout_$1" evaluate "$1" "$2" "generate edit" heldout --draws 3 "${@:3}"; }
   three sft sft
   three refl refl
   three dmd2 dmd2

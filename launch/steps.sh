@@ -2,24 +2,25 @@
 # Sourced after env.sh by scripts of many steps, which name their folder in `work`.
 
 begin() { # EXTRAS: makes the folder and, where it is not there yet, the environment
-  local begin=$SECONDS
+  local started=$SECONDS
   mkdir -p "$work" && work=$(cd "$work" && pwd)
   cd "$ROOT" || return
+  work=${work#"$ROOT/"} # what models say of where they come from holds on other machines too
   "$ROOT/launch/setup.sh" "$1"
   python="$VENV/bin/python"
   export JAX_COMPILATION_CACHE_DIR="$work/cache" # an interrupted stage does not compile again
   mkdir -p "$work/steps"
-  [ -f "$work/steps/install" ] || echo "$((SECONDS - begin))" >"$work/steps/install"
+  [ -f "$work/steps/install" ] || echo "$((SECONDS - started))" >"$work/steps/install"
 }
 
-# step NAME COMMAND…: runs it unless it is done; adds up its seconds, interrupted attempts included where they end tidily.
+# step NAME COMMAND…: runs it unless it is done, and writes down its seconds (a stage's own clock knows all attempts).
 step() {
-  local name=$1 begin=$SECONDS
+  local name=$1 started=$SECONDS
   shift
   [ -f "$work/steps/$name" ] && return 0
   echo "== $name" >&2
   "$@"
-  echo "$((SECONDS - begin))" >"$work/steps/.$name" && mv "$work/steps/.$name" "$work/steps/$name" # whole, or not there
+  echo "$((SECONDS - started))" >"$work/steps/.$name" && mv "$work/steps/.$name" "$work/steps/$name" # whole, or not there
 }
 
 train() { # CONFIG STAGE

@@ -1,5 +1,6 @@
 """Weights of one byte: rounded as promised, read by everything that reads a model, and refused when damaged."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -22,9 +23,10 @@ def folders(tmp_path_factory):
     return whole, root / "small"
 
 
-def test_it_says_the_same_of_itself(folders):
-    whole, small = folders
-    assert json.loads((small / "model.json").read_text()) == json.loads((whole / "model.json").read_text())
+def test_it_says_the_same_of_itself_and_that_it_is_compact(folders):
+    whole, small = (json.loads((folder / "model.json").read_text()) for folder in folders)
+    assert "int8" in small["provenance"].pop("compact")
+    assert small == whole
 
 
 @pytest.mark.parametrize("component", model_folder.COMPONENTS)
@@ -74,6 +76,22 @@ def test_damage_is_named(tmp_path, damage):
     assert all(part in str(raised.value) for part in said)
 
 
-def test_the_output_must_be_free(folders):
+def test_the_output_must_be_free_or_given_up(folders):
+    command = ["--model", str(folders[0]), "--output", str(folders[1])]
     with pytest.raises(UserError, match="is not empty"):
-        compact.main(["--model", str(folders[0]), "--output", str(folders[1])])
+        compact.main(command)
+    assert compact.main([*command, "--replace"]) == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_refused(bad):
+    with pytest.raises(UserError, match="layer/kernel has weights that are no finite numbers"):
+        int8.pack({"layer/kernel": np.array([[bad, 0.3]], np.float32)})
+
+
+def test_a_model_with_a_large_text_encoder_is_refused(tmp_path):
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, encoder="qwen3_vl", source="."))
+    folder = model_folder.save_model(tmp_path / "model", config, PARAMS, {})
+    with pytest.raises(UserError, match="has the text encoder qwen3_vl"):
+        compact.main(["--model", str(folder), "--output", str(tmp_path / "small")])
+    assert not (tmp_path / "small").exists()

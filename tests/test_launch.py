@@ -72,7 +72,21 @@ def test_the_demo_model_is_all_stages_made_compact(launched, tmp_path):
     assert again != 0 and [line.split()[1] for line in rest] == [
         f"dreamlite_jax.{name}" for name in ("train", "compact", "evaluate")
     ]
-    assert f"--output {tmp_path}/runs/demo/demo" in rest[1]
+    assert rest[1].endswith("--model runs/demo/dmd2 --output runs/demo/demo --replace")
+    assert launched(script="demo.sh")[0] == 0
+    assert launched(script="demo.sh") == (0, [])
+
+
+def test_a_folder_elsewhere_is_named_in_full(launched, tmp_path):
+    elsewhere = tmp_path.parent / f"{tmp_path.name}_elsewhere"
+    code, lines = launched(str(elsewhere), script="demo.sh")
+    assert code == 0 and f"configs/demo.py:t2i,{elsewhere} " in "\n".join(lines)
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "demo.sh"])
+@pytest.mark.parametrize("arguments", [("--nonsense",), ("runs/a", "runs/b")])
+def test_arguments_that_are_none_are_refused(launched, script, arguments):
+    assert launched(*arguments, script=script) == (2, [])
 
 
 def test_full_goes_on_from_the_joint_stage_to_the_student(launched):

@@ -8,7 +8,8 @@ is. Unchanged PSNR: elsewhere, between result and source. Reward: nearness to th
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,22 @@ def run_batches(
     return np.concatenate(made)
 
 
-def mean_reward(made: np.ndarray, truths: Sequence[np.ndarray]) -> float:
+def mean_reward(made: np.ndarray, truths: Sequence[np.ndarray], protocol: Protocol) -> float:
     """Mean `TargetReward` of pictures (n, H, W, 3) uint8, by the eyes of the shipped autoencoder."""
-    judge = TargetReward.from_vae(SPRITES_VAE)
-    shown, wanted = (np.asarray(images, np.float32) / 127.5 - 1 for images in (made, np.stack(truths)))
-    context = Context({}, np.zeros_like(wanted), wanted, np.zeros(len(wanted), np.float32))
-    return float(jax.jit(judge)(judge.params, shown, context).mean())
+    score, scores = judge(), []
+    for start in range(0, len(made), protocol.batch_size):
+        part = slice(start, start + protocol.batch_size)
+        shown, wanted = (np.asarray(images[part], np.float32) / 127.5 - 1 for images in (made, truths))
+        scores.append(score(shown, Context({}, np.zeros_like(wanted), wanted, np.zeros(len(wanted), np.float32))))
+    return float(np.concatenate(scores).mean())
+
+
+@functools.cache
+def judge() -> Callable[[np.ndarray, Context], np.ndarray]:
+    """The reward, compiled."""
+    reward = TargetReward.from_vae(SPRITES_VAE)
+    compiled = jax.jit(reward)
+    return lambda images, context: np.asarray(compiled(reward.params, images, context))
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -131,7 +142,7 @@ def score_generation(items: list[builder.Sample], made: np.ndarray, protocol: Pr
         "retrieval_hard": float(np.mean(hard)),
         "chance": CHANCE,
         "mse": float(np.mean([distance(a, b) for a, b in zip(made, truths, strict=True)])),
-        "reward": mean_reward(made, truths),
+        "reward": mean_reward(made, truths, protocol),
         "hard_by_tag": by_tag(items, hard),
     }
 
@@ -154,7 +165,7 @@ def score_edits(items: list[builder.Sample], made: np.ndarray, protocol: Protoco
         "edit_gain": float(np.mean(gain)),
         "unchanged_psnr": float(np.mean(kept)),
         "objects_kept": float(np.mean(objects)),
-        "reward": mean_reward(made, [render(item.target, protocol.size) for item in items]),
+        "reward": mean_reward(made, [render(item.target, protocol.size) for item in items], protocol),
         "gain_by_operation": by_tag(gained_items, gain),
     }
 

@@ -78,6 +78,7 @@ def test_model_folder_there_and_back(dtype, tmp_path):
     for component in model_folder.COMPONENTS:
         file = model_folder.weight_file(component)
         assert_same_bits(read_all(ours / file), read_all(tmp_path / "back" / file))
+    assert model_folder.load_config(tmp_path / "back").unet == UNET
 
 
 def test_a_compact_model_goes_there_as_the_floats_that_it_stands_for(tmp_path):

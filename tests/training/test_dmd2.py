@@ -102,6 +102,21 @@ def test_the_student_moves_onto_its_teacher():
     assert int(state.step) == 400 and np.isfinite(values["loss"]).all()
 
 
+def test_the_fake_score_follows_alike_in_a_loop_and_written_out(monkeypatch):
+    """What accelerators run, a loop, beside what CPUs run."""
+    fake = {"learning_rate": 1e-2, "warmup_steps": 0}
+    stage = Toy(toys.gaussian, steps=2, dmd={**UNGUIDED, "fake_updates": 3, "fake": fake})
+    batch = toys.batch(8, (1, 1, 2))
+    student = toys.gaussian_params([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], turn=0.5)
+    state = stage.start(student, TEACHER, jax.random.key(0))
+    written_out, _ = jax.jit(lambda state: stage.step(state, batch))(state)
+    monkeypatch.setattr(dmd2.blocks, "platform", lambda: "tpu")
+    looped, values = jax.jit(lambda state: stage.step(state, batch))(state)
+    assert str(jax.make_jaxpr(lambda state: stage.step(state, batch))(state)).count("scan[") >= 2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), looped.fake, written_out.fake)
+    assert np.abs(looped.fake["unet"]["mean"] - TEACHER["mean"]).max() > 1e-2 and values["fake_loss"].shape == ()
+
+
 def plain(params, x, sigma, source, words):
     """Depends on all that it is given."""
     return jnp.sin(x * params["a"]) + 0.3 * source + words * sigma

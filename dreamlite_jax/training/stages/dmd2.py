@@ -156,7 +156,8 @@ class DMD2Stage(LatentStage):
     ) -> tuple[Any, Any, Metrics]:
         """The fake score's updates: the first on `made`, the others on new pictures of the same prompts.
 
-        Every network stands in the program once, however many updates there are: compiling it is what takes long.
+        Every network stands in the program once, however many updates there are, because compiling them takes long (but
+        see `repeat`).
         """
         make_key, loss_key = jax.random.split(key)
         count, pictures = self.config.dmd.fake_updates, made[None]
@@ -172,8 +173,6 @@ class DMD2Stage(LatentStage):
             fake, opt_state = optim.update(self.fake_optimizer, grads, opt_state, fake)
             return (fake, opt_state), {"fake_loss": loss, **metrics, "fake_grad_norm": optax.tree.norm(grads)}
 
-        # In a loop on CPU, XLA's gradients of convolutions are ten times slower.
-        repeat = unrolled if blocks.platform() == "cpu" else jax.lax.scan
         (fake, opt_state), metrics = repeat(update, (fake, opt_state), (pictures, jax.random.split(loss_key, count)))
         return fake, opt_state, {name: values.mean() for name, values in metrics.items()}
 
@@ -186,8 +185,8 @@ class DMD2Stage(LatentStage):
         if not self.gan:
             return jnp.square(self.fake_answer(fake, noisy, sigma, batch)[0] - wanted).mean(), {}
         real = flow.interpolate(batch["target"], jax.random.normal(real_key, made.shape), sigma)
-        velocities, (logits, real_logits) = jax.lax.map(
-            lambda noisy: self.fake_answer(fake, noisy, sigma, batch), jnp.stack([noisy, real])
+        _, (velocities, (logits, real_logits)) = repeat(
+            lambda _, noisy: (None, self.fake_answer(fake, noisy, sigma, batch)), None, jnp.stack([noisy, real])
         )
         loss = jnp.square(velocities[0] - wanted).mean()
         told = nn.softplus(logits).mean() + nn.softplus(-real_logits).mean()
@@ -265,8 +264,10 @@ def matching_gradient(
     return (fake - real) / jnp.maximum(scale, 1e-6)
 
 
-def unrolled(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, items: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan`, written out."""
+def repeat(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, items: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan`; written out on CPU, where XLA's gradients of convolutions are ten times slower in a loop."""
+    if blocks.platform() != "cpu":
+        return jax.lax.scan(function, carry, items)
     outputs = []
     for i in range(len(jax.tree.leaves(items)[0])):
         carry, output = function(carry, jax.tree.map(lambda x, i=i: x[i], items))
