@@ -23,13 +23,16 @@ STAGES = {
     "dmd2": (400, 1e-4, 0.1, 0.99),
 }
 PRETRAINING = ("t2i", "edit", "joint")
+DECODER_STEPS = 2_000
 
 
 def get_config(argument: str = "t2i") -> ConfigDict:
-    """`argument` is STAGE or STAGE,ROOT: one of STAGES, and the folder of the whole run (runs/demo)."""
+    """`argument` is STAGE or STAGE,ROOT: one of STAGES or decoder, and the folder of the whole run (runs/demo)."""
     stage, _, root = argument.partition(",")
+    if stage == "decoder":
+        return decoder(root or "runs/demo")
     if stage not in STAGES:
-        raise KeyError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
+        raise KeyError(f"stage {stage!r} is not one of {', '.join(STAGES)}, decoder")
     recipe = "quickstart.py" if stage in PRETRAINING else "quickstart_post.py"
     c = ConfigDict(read_config_file(f"{Path(__file__).with_name(recipe)}:{stage},{root or 'runs/demo'}"))
     steps, learning_rate, final_fraction, ema_decay = STAGES[stage]
@@ -38,4 +41,15 @@ def get_config(argument: str = "t2i") -> ConfigDict:
     c.model.unet.update({"block_out_channels": (96, 112, 112), "num_heads": (3, 4, 4)})
     c.checkpoint_every = 250 if stage in PRETRAINING else 50
     c.grid_every = steps
+    return c
+
+
+def decoder(root: str) -> ConfigDict:
+    """The shipped autoencoder's decoder for longer, hard pictures first: it blurs objects that are drawn large."""
+    c = ConfigDict(read_config_file(f"{Path(__file__).with_name('vae.py')}:{root}/data"))
+    c.autoencoder.update({"decoder_only": True, "hard_power": 1.0})
+    c.optim.update({"learning_rate": 1.5e-3, "warmup_steps": 50})
+    c.steps = DECODER_STEPS
+    c.checkpoint_every = 500
+    c.grid_every = 1_000
     return c

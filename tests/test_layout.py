@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[1]
 TRAINING = {
     "quickstart.py": ("t2i", "edit", "joint"),
     "quickstart_post.py": ("sft", "refl", "dmd2"),
-    "demo.py": ("t2i", "edit", "joint", "sft", "refl", "dmd2"),
+    "demo.py": ("t2i", "edit", "joint", "sft", "refl", "dmd2", "decoder"),
     "vae.py": ("",),
 }
 FULL_SIZE = {
