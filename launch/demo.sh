@@ -18,9 +18,10 @@ step latents_t2i latents t2i_64 train t2i
 step latents_edit latents edit_64 train edit
 step latents_t2i_validation latents t2i_64 validation t2i_validation
 step latents_edit_validation latents edit_64 validation edit_validation
-for stage in t2i edit joint sft refl dmd2 decoder; do
+for stage in t2i edit joint sft refl dmd2; do
   step $stage train demo $stage
 done
+XLA_FLAGS=--xla_force_host_platform_device_count=2 step decoder train demo decoder # see configs/vae.py
 step compact "$python" -m dreamlite_jax.compact --model "$work/dmd2" --vae "$work/decoder/model/vae.safetensors" \
   --output "$work/demo" --replace
 step eval_demo evaluate demo demo "generate edit" "validation heldout" --draws 3

@@ -14,6 +14,7 @@ from dreamlite_jax import precompute, train
 from dreamlite_jax.config import from_dict
 from dreamlite_jax.data import latents
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.model_folder import load_vae
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.stages.flow_matching import FlowMatchingStage
 from dreamlite_jax.training.stages.vae import VAEStage
@@ -144,3 +145,43 @@ def test_the_autoencoder_learns_from_any_pictures(root, caplog):
     with jax.log_compiles():
         assert not np.array_equal(stage.grid(tiny.vae_params(seed=1)), picture)
     assert "Compiling" not in caplog.text
+
+
+def test_a_decoder_alone_goes_on_learning(root, tmp_path):
+    """The encoder of the export is bit-equal to the one that it went on from; the decoder is not, and is better."""
+    parts = {"autoencoder": {"decoder_only": True, "hard_power": 1.0, "latent_noise": 0.0}, "stage": "vae"}
+    changed = mapping(root, encode="precomputed") | parts | {"vae": str(root / "vae.safetensors")}
+    stage = VAEStage(from_dict(TrainConfig, changed, "config"))
+    state = stage.init_state(jax.random.key(0))
+    assert state.params.keys() == {"decoder"}
+    batch, step, losses = next(iter(stage.dataset())), jax.jit(stage.step), []
+    for _ in range(20):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    stage.export(jax.device_get(state.params), tmp_path / "model", {})
+    before, after = (load_vae(path)[1] for path in (root / "vae.safetensors", tmp_path / "model" / "vae.safetensors"))
+    jax.tree.map(np.testing.assert_array_equal, after["encoder"], before["encoder"])
+    assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True))
+    assert stage.grid(jax.device_get(state.params)).ndim == 3
+    wider = {**changed, "model": {**changed["model"], "vae": {**changed["model"]["vae"], "width": 24}}}
+    with pytest.raises(UserError, match="to go on from, is VAEConfig"):
+        VAEStage(from_dict(TrainConfig, wider, "config"))
+
+
+def test_pictures_count_by_the_power_of_their_error(root):
+    """One picture that is hard and one that is easy: with the power the loss is nearer to the hard one's."""
+    losses = {}
+    for power in (0.0, 2.0):
+        weights = {"latent_noise": 0.0, "latent_weight": 0.0, "squared_weight": 0.0, "hard_power": power}
+        changed = mapping(root, encode="precomputed") | {"stage": "vae", "autoencoder": weights}
+        stage = VAEStage(from_dict(TrainConfig, changed, "config"))
+        params, key = tiny.vae_params(), jax.random.key(0)
+        near = stage.model.apply({"params": params}, np.zeros((1, 16, 16, 3), np.float32))
+        images = np.concatenate([near, near + 5.0])
+        losses[power] = float(stage.loss(params, {"image": images}, key)[0])
+        alone = [float(stage.loss(params, {"image": image[None]}, key)[0]) for image in images]
+    mean, squares = np.mean(alone), np.mean(np.square(alone))
+    assert losses[0.0] == pytest.approx(mean, rel=1e-5)
+    assert losses[2.0] == pytest.approx(np.mean(np.power(alone, 3)) / squares, rel=1e-5)
+    assert losses[2.0] > 1.01 * losses[0.0]
