@@ -6,8 +6,8 @@
 The file in the repository must stay below 5 MB, so the network has 4.2 M parameters, which are stored in a byte each.
 Everything that is not said here is as in configs/quickstart.py and configs/quickstart_post.py. All numbers are ours.
 
-Two CPU cores: 1.8 hours of training with other work beside it, and 20 minutes of data and latents. Scores of the shipped
-file on 200 validation scenes: retrieval 0.990 random, 0.925 hard; edit gain 0.995, unchanged 30.1 dB.
+Two CPU cores: 1.8 hours of training with other work beside it, and 20 minutes of data and latents. Scores of the
+shipped file on 200 validation scenes: retrieval 0.990 random, 0.925 hard; edit gain 0.995, unchanged 30.1 dB.
 """
 
 from pathlib import Path
