@@ -55,6 +55,7 @@ def write(directory: Path, vae: VAEConfig, task: str, states: np.ndarray) -> Non
 def root(tmp_path_factory):
     """What the configs read, with few and synthetic records."""
     folder = tmp_path_factory.mktemp("layout")
+    (folder / "data").symlink_to(folder)  # where configs/demo.py looks for pictures
     for task in builder.TASKS:
         builder.prepare(folder, task, 64, {"train": 8, "validation": 8, "heldout": 8})
     for name in ("t2i", "edit", "t2i_validation", "edit_validation"):
