@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from dreamlite_jax import cli, model_folder
-from dreamlite_jax.config import VAEConfig
 from dreamlite_jax.errors import UserError
 
 
@@ -21,9 +20,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.documented("dreamlite_jax.compact", __doc__)
     parser.add_argument("--model", required=True, type=Path, help="model folder, or workdir of a training run")
     parser.add_argument("--output", required=True, type=Path, help="folder to write; new or empty, but for --replace")
-    parser.add_argument(
-        "--vae", type=Path, help="autoencoder file whose decoder is better; its encoder must be the same"
-    )
     parser.add_argument("--replace", action="store_true", help="put the new model in the place of what is in --output")
     return parser.parse_args(argv)
 
@@ -38,9 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     cli.check_writable("--output", args.output)
     params = {component: model_folder.load_params(source, component) for component in model_folder.COMPONENTS}
-    if args.vae:
-        params["vae"] = with_decoder(args.vae, config.vae, params["vae"])
-        provenance["vae"] = model_folder.vae_manifest(args.vae)["provenance"]
     provenance["compact"] = "kernels in int8 with a scale an output channel"
     model_folder.save_model(args.output, config, params, provenance, replace=args.replace, dtype=np.int8)
     for component, tree in params.items():
@@ -49,14 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         moved = relative_error(tree, model_folder.load_params(args.output, component))
         print(f"{component}: {before:.2f} MB, now {after:.2f} MB; weights moved by {moved:.2%} of their length")
     return 0
-
-
-def with_decoder(path: Path, config: VAEConfig, vae: model_folder.Tree) -> model_folder.Tree:
-    """The autoencoder of a file, whose latents must be those that the model was trained on."""
-    found, params = model_folder.load_vae(path)
-    if found != config or relative_error(vae["encoder"], params["encoder"]) > 0:
-        raise UserError(f"--vae {path} has another encoder than the model; only a decoder can be exchanged")
-    return params
 
 
 def relative_error(before: model_folder.Tree, after: model_folder.Tree) -> float:

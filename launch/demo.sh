@@ -14,15 +14,15 @@ case $work in -*) echo "error: $work is no option here; usage: launch/demo.sh [W
 begin demo
 
 step data "$python" -m dreamlite_jax.data.sprites --data_dir "$work/data" --size 64 --train 48000 --validation 64 --heldout 64
-step latents_t2i latents t2i_64 train t2i
-step latents_edit latents edit_64 train edit
-step latents_t2i_validation latents t2i_64 validation t2i_validation
-step latents_edit_validation latents edit_64 validation edit_validation
+XLA_FLAGS=--xla_force_host_platform_device_count=2 step vae train demo vae # see configs/vae.py
+vae="$work/vae/model/vae.safetensors"
+step latents_t2i latents t2i_64 train t2i --config.vae="$vae"
+step latents_edit latents edit_64 train edit --config.vae="$vae"
+step latents_t2i_validation latents t2i_64 validation t2i_validation --config.vae="$vae"
+step latents_edit_validation latents edit_64 validation edit_validation --config.vae="$vae"
 for stage in t2i edit joint sft refl dmd2; do
   step $stage train demo $stage
 done
-XLA_FLAGS=--xla_force_host_platform_device_count=2 step decoder train demo decoder # see configs/vae.py
-step compact "$python" -m dreamlite_jax.compact --model "$work/dmd2" --vae "$work/decoder/model/vae.safetensors" \
-  --output "$work/demo" --replace
+step compact "$python" -m dreamlite_jax.compact --model "$work/dmd2" --output "$work/demo" --replace
 step eval_demo evaluate demo demo "generate edit" "validation heldout" --draws 3
 echo "model: $work/demo; scores: $work/evals/demo/report.json"

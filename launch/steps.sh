@@ -27,9 +27,11 @@ train() { # CONFIG STAGE
   "$python" -m dreamlite_jax.train --config "configs/$1.py:$2,$work" --workdir "$work/$2"
 }
 
-latents() { # NAME SPLIT OUTPUT
-  "$python" -m dreamlite_jax.precompute --config "configs/precompute.py:$1" --config.source.path="$work/data" \
-    --config.source.split="$2" --output "$work/latents/$3"
+latents() { # NAME SPLIT OUTPUT [SETTINGS…]
+  local name=$1 split=$2 output=$3
+  shift 3
+  "$python" -m dreamlite_jax.precompute --config "configs/precompute.py:$name" --config.source.path="$work/data" \
+    --config.source.split="$split" --output "$work/latents/$output" "$@"
 }
 
 evaluate() { # NAME STAGE TASKS SPLITS [SETTINGS…]

@@ -1,12 +1,11 @@
 """Weights of one byte: rounded as promised, read by everything that reads a model, and refused when damaged."""
 
-import contextlib
 import dataclasses
 import json
 
 import numpy as np
 import pytest
-from test_model_folder import CONFIG, PARAMS, PROVENANCE, random_params, rewrite
+from test_model_folder import CONFIG, PARAMS, PROVENANCE, rewrite
 
 from dreamlite_jax import compact, int8, model_folder
 from dreamlite_jax.errors import UserError
@@ -50,21 +49,6 @@ def test_files_shrink_to_a_quarter(folders):
         before, after = ((folder / model_folder.weight_file(component)).stat().st_size for folder in folders)
         assert after < 0.45 * before
     assert stored_tensors(folders[1] / "unet.safetensors")[KERNEL].dtype == "I8"
-
-
-def test_another_decoder_is_taken_and_another_encoder_refused(folders, tmp_path):
-    whole, _ = folders
-    for part, said in (("decoder", None), ("encoder", "has another encoder")):
-        changed = {**PARAMS["vae"], part: random_params(1)["vae"][part]}
-        file = model_folder.save_vae(tmp_path / f"{part}.safetensors", CONFIG.vae, changed, {"made": part})
-        command = ["--model", str(whole), "--vae", str(file), "--output", str(tmp_path / part)]
-        with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
-            compact.main(command)
-    assert not (tmp_path / "encoder").exists()
-    assert model_folder.load_provenance(tmp_path / "decoder")["vae"] == {"made": "decoder"}
-    found = model_folder.flatten(model_folder.load_params(tmp_path / "decoder", "vae"))
-    wanted = model_folder.flatten({**PARAMS["vae"], "decoder": random_params(1)["vae"]["decoder"]})
-    assert all(np.abs(found[name] - value).max() < 0.05 for name, value in wanted.items())
 
 
 def test_a_channel_of_zeros_stays_zero():

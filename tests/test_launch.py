@@ -64,17 +64,17 @@ def test_a_failed_step_stops_the_run_and_is_taken_up_again(launched):
 
 
 def test_the_demo_model_is_all_stages_made_compact(launched, tmp_path):
-    failed, first = launched(fail="demo.py:decoder", script="demo.sh")
-    assert failed != 0 and "demo.py:decoder" in first[-1]
+    failed, first = launched(fail="demo.py:dmd2", script="demo.sh")
+    assert failed != 0 and "demo.py:dmd2" in first[-1]
     trained = [line.split("/demo.py:")[1].split(",")[0] for line in first if "dreamlite_jax.train" in line]
-    assert trained == ["t2i", "edit", "joint", "sft", "refl", "dmd2", "decoder"]
+    assert trained == ["vae", "t2i", "edit", "joint", "sft", "refl", "dmd2"]
+    latents = [line for line in first if "dreamlite_jax.precompute" in line]
+    assert len(latents) == 4 and all("--config.vae=runs/demo/vae/model/vae.safetensors" in line for line in latents)
     again, rest = launched(fail="dreamlite_jax.evaluate", script="demo.sh")
     assert again != 0 and [line.split()[1] for line in rest] == [
         f"dreamlite_jax.{name}" for name in ("train", "compact", "evaluate")
     ]
-    assert rest[1].endswith(
-        "--model runs/demo/dmd2 --vae runs/demo/decoder/model/vae.safetensors --output runs/demo/demo --replace"
-    )
+    assert rest[1].endswith("--model runs/demo/dmd2 --output runs/demo/demo --replace")
     assert launched(script="demo.sh")[0] == 0
     assert launched(script="demo.sh") == (0, [])
 

@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[1]
 TRAINING = {
     "quickstart.py": ("t2i", "edit", "joint"),
     "quickstart_post.py": ("sft", "refl", "dmd2"),
-    "demo.py": ("t2i", "edit", "joint", "sft", "refl", "dmd2", "decoder"),
+    "demo.py": ("t2i", "edit", "joint", "sft", "refl", "dmd2", "vae"),
     "vae.py": ("",),
 }
 FULL_SIZE = {
@@ -55,12 +55,15 @@ def write(directory: Path, vae: VAEConfig, task: str, states: np.ndarray) -> Non
 def root(tmp_path_factory):
     """What the configs read, with few and synthetic records."""
     folder = tmp_path_factory.mktemp("layout")
-    (folder / "data").symlink_to(folder)  # where configs/demo.py looks for pictures
+    demo = load_config(f"{REPOSITORY}/configs/demo.py:vae").model.vae
+    tiny.write_vae(folder / "demo" / "vae" / "model" / "vae.safetensors", demo)
+    (folder / "demo" / "data").symlink_to(folder)
     for task in builder.TASKS:
         builder.prepare(folder, task, 64, {"train": 8, "validation": 8, "heldout": 8})
     for name in ("t2i", "edit", "t2i_validation", "edit_validation"):
         task = "edit" if name.startswith("edit") else "generate"
-        write(folder / "latents" / name, load_vae(SPRITES_VAE)[0], task, np.zeros((9, tiny.TEXT_DIM)))
+        for place, vae in ((folder, load_vae(SPRITES_VAE)[0]), (folder / "demo", demo)):
+            write(place / "latents" / name, vae, task, np.zeros((9, tiny.TEXT_DIM)))
     return folder
 
 
@@ -70,6 +73,7 @@ def test_every_config_is_known_here():
 
 @pytest.mark.parametrize(("file", "argument"), [(file, a) for file, args in TRAINING.items() for a in args])
 def test_training_configs_build_and_their_steps_have_shapes(root, file, argument):
+    root = root / "demo" if file == "demo.py" else root
     location = f"{REPOSITORY}/configs/{file}:" + (f"{argument},{root}" if argument else str(root))
     written = read_config_file(location)
     config = load_config(location, ["init_from=''"])
@@ -150,7 +154,8 @@ def test_the_shipped_autoencoder_is_the_one_its_config_makes():
     config = load_config(f"{REPOSITORY}/configs/vae.py")
     assert load_vae(SPRITES_VAE)[0] == config.model.vae
     assert SPRITES_VAE.stat().st_size < 5e6
-    assert vae_manifest(SPRITES_VAE)["provenance"]
+    sources = vae_manifest(SPRITES_VAE)["provenance"]["config"]["data"]["sources"]
+    assert not any(Path(source["path"]).is_absolute() for source in sources)  # no machine's own folders
 
 
 def modules(package: str) -> list[str]:

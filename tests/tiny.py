@@ -27,9 +27,9 @@ CONFIG = ModelConfig(
 LATENT = (4, 4, 4)  # (h, w, c) of 16 px
 
 
-def random_params(component: str, seed: int = 0) -> dict[str, Any]:
+def random_params(component: str, seed: int = 0, config: Any = None) -> dict[str, Any]:
     """Parameters of "unet" or "vae" near those of `init`, drawn without compiling anything."""
-    shapes = model_folder.expected_shapes(component, getattr(CONFIG, component))
+    shapes = model_folder.expected_shapes(component, config or getattr(CONFIG, component))
     rng, flat = np.random.default_rng(seed), {}
     for name, shape in shapes.items():
         if name.endswith("kernel"):
@@ -47,8 +47,8 @@ def unet_params(seed: int = 0) -> dict[str, Any]:
     return random_params("unet", seed)
 
 
-def write_vae(path: Path) -> Path:
-    return model_folder.save_vae(path, CONFIG.vae, vae_params(), {"made": "at random"})
+def write_vae(path: Path, config: VAEConfig = CONFIG.vae) -> Path:
+    return model_folder.save_vae(path, config, random_params("vae", config=config), {"made": "at random"})
 
 
 def write_model(directory: Path) -> Path:

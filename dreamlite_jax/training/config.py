@@ -156,14 +156,12 @@ class FlowConfig:
 class AutoencoderConfig:
     """Autoencoder training: weights of the loss terms and the noise that makes the decoder forgive small errors.
 
-    `decoder_only` goes on from the file `config.vae` and leaves its encoder as it is, bit by bit: latents, and networks
-    that were trained on them, stay good. Pictures count by the power `hard_power` of their own absolute error.
+    Pictures count by the power `hard_power` of their own absolute error.
     """
 
     latent_noise: float = 0.1
     squared_weight: float = 4.0
     latent_weight: float = 0.05
-    decoder_only: bool = False
     hard_power: float = 0.0
 
     def __post_init__(self):

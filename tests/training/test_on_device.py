@@ -14,7 +14,6 @@ from dreamlite_jax import precompute, train
 from dreamlite_jax.config import from_dict
 from dreamlite_jax.data import latents
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.model_folder import load_vae
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.stages.flow_matching import FlowMatchingStage
 from dreamlite_jax.training.stages.vae import VAEStage
@@ -145,28 +144,6 @@ def test_the_autoencoder_learns_from_any_pictures(root, caplog):
     with jax.log_compiles():
         assert not np.array_equal(stage.grid(tiny.vae_params(seed=1)), picture)
     assert "Compiling" not in caplog.text
-
-
-def test_a_decoder_alone_goes_on_learning(root, tmp_path):
-    """The encoder of the export is bit-equal to the one that it went on from; the decoder is not, and is better."""
-    parts = {"autoencoder": {"decoder_only": True, "hard_power": 1.0, "latent_noise": 0.0}, "stage": "vae"}
-    changed = mapping(root, encode="precomputed") | parts | {"vae": str(root / "vae.safetensors")}
-    stage = VAEStage(from_dict(TrainConfig, changed, "config"))
-    state = stage.init_state(jax.random.key(0))
-    assert state.params.keys() == {"decoder"}
-    batch, step, losses = next(iter(stage.dataset())), jax.jit(stage.step), []
-    for _ in range(20):
-        state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
-    assert losses[-1] < losses[0]
-    stage.export(jax.device_get(state.params), tmp_path / "model", {})
-    before, after = (load_vae(path)[1] for path in (root / "vae.safetensors", tmp_path / "model" / "vae.safetensors"))
-    jax.tree.map(np.testing.assert_array_equal, after["encoder"], before["encoder"])
-    assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True))
-    assert stage.grid(jax.device_get(state.params)).ndim == 3
-    wider = {**changed, "model": {**changed["model"], "vae": {**changed["model"]["vae"], "width": 24}}}
-    with pytest.raises(UserError, match="to go on from, is VAEConfig"):
-        VAEStage(from_dict(TrainConfig, wider, "config"))
 
 
 def test_pictures_count_by_the_power_of_their_error(root):

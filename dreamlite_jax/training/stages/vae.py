@@ -11,15 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dreamlite_jax import pictures
-from dreamlite_jax.assets import vae_path
 from dreamlite_jax.data.buckets import Size, bucket_sizes, check_sizes
 from dreamlite_jax.data.forms import Images
 from dreamlite_jax.data.mixture import HostShare, check_hosts, first_items, raw_batches
 from dreamlite_jax.data.reading import log_path
 from dreamlite_jax.data.sources import Record, open_source
 from dreamlite_jax.data.transforms import open_picture
-from dreamlite_jax.errors import UserError
-from dreamlite_jax.model_folder import load_vae, new_folder, save_vae
+from dreamlite_jax.model_folder import new_folder, save_vae
 from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.training import sharding
 from dreamlite_jax.training.config import TrainConfig
@@ -34,26 +32,18 @@ class VAEStage(OneLoss):
     def __init__(self, config: TrainConfig):
         self.config = config
         self.model = VAE(config.model.vae)
-        self.start: Any = None  # decoder_only: the autoencoder to go on from
-        if config.autoencoder.decoder_only:
-            path = vae_path(config.vae)
-            found, self.start = load_vae(path)
-            if found != config.model.vae:
-                raise UserError(f"config.model.vae is {config.model.vae}; {path}, to go on from, is {found}")
         if config.data.buckets.size:
             sizes, multiple = bucket_sizes(config.data.buckets), config.model.vae.downsampling
             check_sizes("config.data.buckets", sizes, multiple, "the autoencoder")
 
     def init_params(self, key: jax.Array) -> Any:
-        if self.start:
-            return sharding.born(lambda decoder: {"decoder": decoder}, self.start["decoder"])
         size = 8 * self.config.model.vae.downsampling
         return sharding.born(self.model.init, key, jnp.zeros((1, size, size, 3)))["params"]
 
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Absolute and squared error of pixels, plus the distance of the latents' moments from (0, 1)."""
         weights, images = self.config.autoencoder, batch["image"]
-        variables = {"params": self.whole(params)}
+        variables = {"params": params}
         latents = self.model.apply(variables, images, method="encode")
         mean, std = latents.mean((0, 1, 2)), latents.std((0, 1, 2))
         moments = jnp.square(mean).mean() + jnp.square(std - 1.0).mean()
@@ -67,10 +57,6 @@ class VAEStage(OneLoss):
         loss = (share * (absolute + weights.squared_weight * squared)).mean() + weights.latent_weight * moments
         psnr = -10.0 * jnp.log10(squared.mean() / 4.0)
         return loss, {"psnr": psnr, "latent_std": std.mean(), "latent_moments": moments}
-
-    def whole(self, params: Any) -> Any:
-        """Encoder and decoder, where the decoder alone is trained."""
-        return {"encoder": self.start["encoder"], **params} if self.start else params
 
     def empty_batch(self, size: Size) -> dict[str, np.ndarray]:
         """A batch of no pictures of this size: names, shapes and dtypes without data."""
@@ -104,7 +90,7 @@ class VAEStage(OneLoss):
         source = (self.config.data.validation or self.config.data.sources)[0]
         _, items = first_items(source, self.config.data.buckets, self.config.grid_items)
         images = pictures.to_float(np.stack([item.target for item in items]))
-        decoded = np.clip(np.asarray(self._compiled({"params": self.whole(params)}, images)), -1, 1)
+        decoded = np.clip(np.asarray(self._compiled({"params": params}, images)), -1, 1)
         psnr = [pictures.psnr(a, b) for a, b in zip(images, decoded, strict=True)]
         return pictures.grid(
             [pictures.to_uint8(images), pictures.to_uint8(decoded)],
@@ -114,7 +100,7 @@ class VAEStage(OneLoss):
 
     def export(self, params: Any, directory: Path, provenance: dict[str, Any]) -> None:
         with new_folder(directory) as folder:
-            save_vae(folder / "vae.safetensors", self.config.model.vae, self.whole(params), provenance)
+            save_vae(folder / "vae.safetensors", self.config.model.vae, params, provenance)
 
 
 def decode_image(record: Record) -> dict[str, np.ndarray]:
