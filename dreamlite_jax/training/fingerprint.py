@@ -16,8 +16,12 @@ def fingerprint(state: Any) -> dict[str, int]:
     """
     if not isinstance(state, dict):
         state = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    sums = jax.device_get({name: [_of_array(leaf) for leaf in jax.tree.leaves(tree)] for name, tree in state.items()})
-    return {name: sum((2 * i + 1) * int(x) for i, x in enumerate(found)) % 2**32 for name, found in sums.items()}
+    return {name: _of_tree(tree) for name, tree in state.items()}
+
+
+def _of_tree(tree: Any) -> int:
+    # One array after the other: several programs under way at once would let processes wait for each other for ever.
+    return sum((2 * i + 1) * int(_of_array(leaf)) for i, leaf in enumerate(jax.tree.leaves(tree))) % 2**32
 
 
 # One small program for all arrays of a shape: a program of a whole state takes a minute or more to compile.
