@@ -37,17 +37,18 @@ VAE = {"encoder_blocks": (0, 1, 2, 3), "decoder_blocks": (3, 2, 1, 0)}
 def get_config(argument: str = "t2i") -> ConfigDict:
     """`argument` is STAGE or STAGE,ROOT: one of STAGES or vae, and the folder of the whole run (runs/demo)."""
     stage, _, root = argument.partition(",")
+    root = root or "runs/demo"
     if stage == "vae":
-        return autoencoder(root or "runs/demo")
+        return autoencoder(root)
     if stage not in STAGES:
         raise KeyError(f"stage {stage!r} is not one of {', '.join(STAGES)}, vae")
     recipe = "quickstart.py" if stage in PRETRAINING else "quickstart_post.py"
-    c = ConfigDict(read_config_file(f"{Path(__file__).with_name(recipe)}:{stage},{root or 'runs/demo'}"))
+    c = ConfigDict(read_config_file(f"{Path(__file__).with_name(recipe)}:{stage},{root}"))
     steps, learning_rate, final_fraction, ema_decay = STAGES[stage]
     c.steps = steps
     c.optim.update({"learning_rate": learning_rate, "final_fraction": final_fraction, "ema_decay": ema_decay})
     c.model.vae.update(VAE)
-    c.vae = f"{root or 'runs/demo'}/vae/model/vae.safetensors"
+    c.vae = f"{root}/vae/model/vae.safetensors"
     c.model.unet.update({"block_out_channels": (96, 112, 112), "num_heads": (3, 4, 4)})
     c.checkpoint_every = 250 if stage in PRETRAINING else 50
     c.grid_every = steps
