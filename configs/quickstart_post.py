@@ -36,7 +36,7 @@ def get_config(argument: str = "sft") -> ConfigDict:
     c.stage = "flow_matching" if stage == "sft" else stage
     c.init_from = f"{root}/{before}"
     c.steps = steps
-    c.data.batch_size = 32
+    c.data.batch_size = 16 if stage == "refl" else 32  # three branches of guidance take the place of the other half
     c.optim.update(
         {
             "learning_rate": learning_rate,
@@ -50,17 +50,19 @@ def get_config(argument: str = "sft") -> ConfigDict:
     c.checkpoint_every = 50
     c.grid_every = steps
     if stage == "refl":
-        c.refl = refl()
+        c.refl = refl(c.model)
     if stage == "dmd2":
         c.dmd = dmd(c.model)
         c.model.update({"steps": 4, "guidance_scale": 1.0, "image_guidance_scale": 1.0})
     return c
 
 
-def refl() -> ConfigDict:
-    """Eight unguided steps to a picture, the gradient in one of the last four."""
+def refl(model: ConfigDict) -> ConfigDict:
+    """Eight steps to a picture, guided as the model will be sampled, the gradient in one of the last four."""
     return ConfigDict(
         {
+            "guidance_scale": model.guidance_scale,
+            "image_guidance_scale": model.image_guidance_scale,
             "rewards": ({"kind": "target"},),
             "reward_weight": 0.1,
             "flow_weight": 1.0,
@@ -73,10 +75,14 @@ def refl() -> ConfigDict:
 
 
 def dmd(teacher: ConfigDict) -> ConfigDict:
-    """The teacher with the guidance that it is sampled with."""
+    """The teacher with the image guidance that it is sampled with, and more of the text's.
+
+    Where an edit takes something away, v0 and v_text are without it and v_image has it, so that guidance leaves the
+    share (image - text) of it: with less guidance by the text than by the picture, a ghost.
+    """
     return ConfigDict(
         {
-            "guidance_scale": teacher.guidance_scale,
+            "guidance_scale": 3.5,
             "image_guidance_scale": teacher.image_guidance_scale,
             "fake_updates": 2,
             "fake": {"learning_rate": 3e-4, "warmup_steps": 0, "weight_decay": 0.0, "ema_decay": 0.0},
