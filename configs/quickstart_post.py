@@ -21,7 +21,7 @@ from dreamlite_jax.training.config import read_config_file
 STAGES = {
     "sft": (200, "joint", 3e-4, 0.99),
     "refl": (150, "sft", 1e-4, 0.98),
-    "dmd2": (400, "refl", 1e-4, 0.99),
+    "dmd2": (200, "refl", 1e-4, 0.98),
 }
 
 
@@ -75,14 +75,14 @@ def refl(model: ConfigDict) -> ConfigDict:
 
 
 def dmd(teacher: ConfigDict) -> ConfigDict:
-    """The teacher with the image guidance that it is sampled with, and more of the text's.
+    """The teacher with the image guidance that it is sampled with, and as much of the text's.
 
-    Where an edit takes something away, v0 and v_text are without it and v_image has it, so that guidance leaves the
-    share (image - text) of it: with less guidance by the text than by the picture, a ghost.
+    Where an edit takes something away, v0 and v_text are without it and v_image has it: guidance leaves the share
+    (image - text) of it, a ghost, which a student of four steps does not grow out of. With equal scales v_image cancels.
     """
     return ConfigDict(
         {
-            "guidance_scale": 3.5,
+            "guidance_scale": teacher.image_guidance_scale,
             "image_guidance_scale": teacher.image_guidance_scale,
             "fake_updates": 2,
             "fake": {"learning_rate": 3e-4, "warmup_steps": 0, "weight_decay": 0.0, "ema_decay": 0.0},
