@@ -78,7 +78,7 @@ def dmd(teacher: ConfigDict) -> ConfigDict:
     """The teacher with the image guidance that it is sampled with, and as much of the text's.
 
     Where an edit takes something away, v0 and v_text are without it and v_image has it: guidance leaves the share
-    (image - text) of it, a ghost, which a student of four steps does not grow out of. With equal scales v_image cancels.
+    (image - text) of it, a ghost, which a student of four steps does not grow out of. At equal scales v_image cancels.
     """
     return ConfigDict(
         {

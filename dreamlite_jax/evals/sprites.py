@@ -40,7 +40,7 @@ class Protocol:
     steps: int
     size: int = 64
     seed: int = 0  # of the items; picture i starts from noise seed i
-    batch_size: int = 50
+    batch_size: int = 40  # splits over 2, 4 and 8 devices; a batch that does not is computed whole on each
     draws: int = 1  # pictures of an item; draw d of picture i starts from noise seed d * items + i
 
     def line(self, model: Model) -> str:
