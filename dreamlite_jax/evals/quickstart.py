@@ -27,13 +27,15 @@ COMPARED = (  # what, task and key of the number
     ("edit gain", "edit", "edit_gain"),
 )
 MORE = (
-    ("unchanged, dB", "edit", "unchanged_psnr"),
+    ("objects made", "edit", "objects_made"),
     ("objects kept", "edit", "objects_kept"),
+    ("unchanged, dB", "edit", "unchanged_psnr"),
     ("reward (generate)", "generate", "reward"),
     ("reward (edit)", "edit", "reward"),
 )
-# Scores that tell few steps from many: the others are near their top for both, or rise when an edit copies too much.
-TELLING = (COMPARED[1], MORE[1])
+# Scores that tell few steps from many: the others are near their top for both, or rise with blur or where an edit wipes
+# out and copies too much.
+TELLING = (COMPARED[1], MORE[0], MORE[1])
 SPECIALIST_MARGIN = 0.05
 KEPT_BY_STUDENT = 0.90  # share of the guided 28-step teacher's retrieval and edit gain
 LOST_BY_REFL = 0.02  # at most, of retrieval and edit gain
@@ -85,8 +87,8 @@ def headline(report: dict[str, Any]) -> str:
     if "generate" in scores:
         words.append("retrieval {retrieval_random:.2f} random, {retrieval_hard:.2f} hard".format(**scores["generate"]))
     if "edit" in scores:
-        form = "edit gain {edit_gain:.2f}, unchanged {unchanged_psnr:.1f} dB, objects kept {objects_kept:.2f}"
-        words.append(form.format(**scores["edit"]))
+        words.append("edit gain {edit_gain:.2f}, unchanged {unchanged_psnr:.1f} dB".format(**scores["edit"]))
+        words[-1] += ", objects made {objects_made:.2f}, kept {objects_kept:.2f}".format(**scores["edit"])
     return "; ".join(words)
 
 

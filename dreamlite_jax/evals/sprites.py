@@ -3,8 +3,10 @@
 Retrieval: a generated picture is right when its own scene's render is nearer to it than seven others', by mean squared
 pixel error; "random" distractors are other scenes of the benchmark, "hard" ones differ from it in one object, colour or
 place. Edit gain: within the region that the edit changes, the result is nearer to the target than the untouched source
-is. Unchanged PSNR: elsewhere, between result and source. Reward: nearness to the true picture as ReFL judges it
-(`rewards.perceptual.TargetReward`), 0 at most.
+is; an edit that only wipes out what was there gains too. Objects made: of the objects that the edit brings or alters,
+those that are nearest to themselves among eight, of which one is what the source shows there. Objects kept: likewise of
+those that it leaves alone. Unchanged PSNR: outside of the region, between result and source. Reward: nearness to the
+true picture as ReFL judges it (`rewards.perceptual.TargetReward`), 0 at most.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from dreamlite_jax import pictures
 from dreamlite_jax.assets import SPRITES_VAE
 from dreamlite_jax.data.sprites import builder
 from dreamlite_jax.data.sprites.render import box, changed_region, render
-from dreamlite_jax.data.sprites.scenes import disguises, neighbours
+from dreamlite_jax.data.sprites.scenes import Object, Scene, disguises, neighbours
 from dreamlite_jax.model import Model
 from dreamlite_jax.rewards.base import Context
 from dreamlite_jax.rewards.perceptual import TargetReward
@@ -148,9 +150,9 @@ def score_generation(items: list[builder.Sample], made: np.ndarray, protocol: Pr
 
 
 def score_edits(items: list[builder.Sample], made: np.ndarray, protocol: Protocol) -> dict[str, Any]:
-    """edit_gain, unchanged_psnr, objects_kept and reward, with the gain by operation."""
-    rng = np.random.default_rng(protocol.seed)
-    gain, kept, gained_items, objects = [], [], [], []
+    """edit_gain, unchanged_psnr, objects_made, objects_kept and reward, with the gain by operation."""
+    rng, made_rng = (np.random.default_rng(protocol.seed) for _ in range(2))
+    gain, unchanged, gained_items, objects_made, objects_kept = [], [], [], [], []
     for item, result in zip(items, made, strict=True):
         source, target = render(item.source, protocol.size), render(item.target, protocol.size)
         region = changed_region(item.source, item.target, protocol.size)
@@ -159,27 +161,40 @@ def score_edits(items: list[builder.Sample], made: np.ndarray, protocol: Protoco
             gained_items.append(item)
         if not region.all():
             psnr = pictures.psnr(result[~region], source[~region], value_range=255.0)
-            kept.append(min(psnr, PSNR_CAP))
-        objects += kept_objects(item, result, rng, protocol.size)
+            unchanged.append(min(psnr, PSNR_CAP))
+        for shown in item.target.objects:
+            if shown in item.source.objects:
+                objects_kept.append(shows(result, item.target, shown, rng, protocol.size))
+            else:
+                objects_made.append(shows(result, item.target, shown, made_rng, protocol.size, before=source))
     return {
         "edit_gain": float(np.mean(gain)),
-        "unchanged_psnr": float(np.mean(kept)),
-        "objects_kept": float(np.mean(objects)),
+        "unchanged_psnr": float(np.mean(unchanged)),
+        "objects_made": float(np.mean(objects_made)),
+        "objects_kept": float(np.mean(objects_kept)),
         "reward": mean_reward(made, [render(item.target, protocol.size) for item in items], protocol),
         "gain_by_operation": by_tag(gained_items, gain),
     }
 
 
-def kept_objects(item: builder.Sample, result: np.ndarray, rng: np.random.Generator, size: int) -> list[bool]:
-    """For each object that the edit leaves alone, whether its square of `result` shows it and none of seven others."""
-    found = []
-    for kept in (o for o in item.target.objects if o in item.source.objects):
-        left, top, side = box(kept, size)
-        square = (slice(top, top + side), slice(left, left + side))
-        scenes = disguises(item.target, kept)
-        others = [render(scenes[i], size)[square] for i in rng.permutation(len(scenes))[:7]]
-        found.append(nearest(result[square], render(item.target, size)[square], others))
-    return found
+def shows(
+    result: np.ndarray,
+    scene: Scene,
+    item: Object,
+    rng: np.random.Generator,
+    size: int,
+    before: np.ndarray | None = None,
+) -> bool:
+    """Whether the square of `item` in `result` is nearest to what `scene` shows there, among eight.
+
+    The other seven are other objects in its place, and with `before` one of them is what that picture shows there.
+    """
+    left, top, side = box(item, size)
+    square = (slice(top, top + side), slice(left, left + side))
+    scenes = disguises(scene, item)
+    others = [] if before is None else [before[square]]
+    others += [render(scenes[i], size)[square] for i in rng.permutation(len(scenes))[: 7 - len(others)]]
+    return nearest(result[square], render(scene, size)[square], others)
 
 
 def by_tag(items: list[builder.Sample], right: list[bool]) -> dict[str, float]:

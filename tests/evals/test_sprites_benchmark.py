@@ -87,7 +87,8 @@ def test_a_tie_is_no_success():
 def test_the_exact_edit_gets_full_marks(edits):
     target, source = pictures_of(edits), pictures_of(edits, "source")
     scores = sprites.score_edits(edits, target, PROTOCOL)
-    assert scores["edit_gain"] == scores["objects_kept"] == 1.0 and scores["unchanged_psnr"] > 45
+    assert scores["edit_gain"] == scores["objects_made"] == scores["objects_kept"] == 1.0
+    assert scores["unchanged_psnr"] > 45
     assert set(scores["gain_by_operation"]) == {edit.tag for edit in edits}
     region = np.stack([changed_region(edit.source, edit.target, 64) for edit in edits])
     pasted = np.where(region[..., None], target, source)
@@ -96,12 +97,25 @@ def test_the_exact_edit_gets_full_marks(edits):
 
 def test_the_untouched_source_gains_nothing(edits):
     scores = sprites.score_edits(edits, pictures_of(edits, "source"), PROTOCOL)
-    assert scores["edit_gain"] == 0.0 and scores["unchanged_psnr"] == sprites.PSNR_CAP
+    assert scores["edit_gain"] == scores["objects_made"] == 0.0 and scores["unchanged_psnr"] == sprites.PSNR_CAP
 
 
 def test_noise_neither_edits_nor_keeps(edits):
     scores = sprites.score_edits(edits, noise(), PROTOCOL)
-    assert scores["edit_gain"] < 0.4 and scores["unchanged_psnr"] < 12 and scores["objects_kept"] < 0.35
+    assert scores["edit_gain"] < 0.4 and scores["unchanged_psnr"] < 12
+    assert scores["objects_made"] < 0.35 and scores["objects_kept"] < 0.35
+
+
+def test_wiping_out_gains_and_makes_nothing(edits):
+    """What should be replaced is gone, and nothing has come."""
+    chosen = [edit for edit in edits if edit.tag == "replace" and len(edit.target.objects) > 1]
+    assert len(chosen) > 5
+    wiped = []
+    for edit in chosen:
+        left = tuple(o for o in edit.target.objects if o in edit.source.objects)
+        wiped.append(render(dataclasses.replace(edit.target, objects=left), 64))
+    scores = sprites.score_edits(chosen, np.stack(wiped), PROTOCOL)
+    assert scores["edit_gain"] > 0.5 and scores["objects_kept"] == 1.0 and scores["objects_made"] < 0.3
 
 
 def test_an_object_that_another_replaced_is_not_kept(edits):
