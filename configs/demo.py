@@ -4,9 +4,7 @@
     python -m dreamlite_jax.train --config configs/demo.py:joint --workdir runs/demo/joint     # one stage
 
 The file in the repository must stay below 5 MB, so the network has 4.3 M parameters, which are stored in a byte each.
-Everything that is not said here is as in configs/quickstart.py and configs/quickstart_post.py, but for what the
-latter learned since the file was made: guided ReFL, and in DMD2 region weights and more guidance by the text. All
-numbers are ours.
+Everything that is not said here is as in configs/quickstart.py and configs/quickstart_post.py. All numbers are ours.
 
 Its autoencoder is its own, because the quick start's blurs objects that are drawn large (24.1 dB on 22 scenes of them;
 this one 27.1, and 32.2 on the others).
@@ -52,12 +50,6 @@ def get_config(argument: str = "t2i") -> ConfigDict:
     c.model.vae.update(VAE)
     c.vae = f"{root}/vae/model/vae.safetensors"
     c.model.unet.update({"block_out_channels": (96, 112, 112), "num_heads": (3, 4, 4)})
-    if stage == "refl":
-        c.data.batch_size = 32
-        c.refl.update({"guidance_scale": 1.0, "image_guidance_scale": 1.0})
-    if stage == "dmd2":
-        c.dmd.guidance_scale = 2.5
-        c.flow = ConfigDict({"region_weight": False})
     c.checkpoint_every = 250 if stage in PRETRAINING else 50
     c.grid_every = steps
     return c

@@ -21,7 +21,7 @@ from dreamlite_jax.training.config import read_config_file
 STAGES = {
     "sft": (200, "joint", 3e-4, 0.99),
     "refl": (150, "sft", 1e-4, 0.98),
-    "dmd2": (200, "refl", 1e-4, 0.98),
+    "dmd2": (400, "refl", 1e-4, 0.99),
 }
 
 
@@ -36,7 +36,7 @@ def get_config(argument: str = "sft") -> ConfigDict:
     c.stage = "flow_matching" if stage == "sft" else stage
     c.init_from = f"{root}/{before}"
     c.steps = steps
-    c.data.batch_size = 16 if stage == "refl" else 32  # three branches of guidance take the place of the other half
+    c.data.batch_size = 32
     c.optim.update(
         {
             "learning_rate": learning_rate,
@@ -50,19 +50,17 @@ def get_config(argument: str = "sft") -> ConfigDict:
     c.checkpoint_every = 50
     c.grid_every = steps
     if stage == "refl":
-        c.refl = refl(c.model)
+        c.refl = refl()
     if stage == "dmd2":
         c.dmd = dmd(c.model)
         c.model.update({"steps": 4, "guidance_scale": 1.0, "image_guidance_scale": 1.0})
     return c
 
 
-def refl(model: ConfigDict) -> ConfigDict:
-    """Eight steps to a picture, guided as the model will be sampled, the gradient in one of the last four."""
+def refl() -> ConfigDict:
+    """Eight unguided steps to a picture, the gradient in one of the last four."""
     return ConfigDict(
         {
-            "guidance_scale": model.guidance_scale,
-            "image_guidance_scale": model.image_guidance_scale,
             "rewards": ({"kind": "target"},),
             "reward_weight": 0.1,
             "flow_weight": 1.0,
@@ -75,14 +73,10 @@ def refl(model: ConfigDict) -> ConfigDict:
 
 
 def dmd(teacher: ConfigDict) -> ConfigDict:
-    """The teacher with the image guidance that it is sampled with, and as much of the text's.
-
-    Where an edit takes something away, v0 and v_text are without it and v_image has it: guidance leaves the share
-    (image - text) of it, a ghost, which a student of four steps does not grow out of. At equal scales v_image cancels.
-    """
+    """The teacher with the guidance that it is sampled with."""
     return ConfigDict(
         {
-            "guidance_scale": teacher.image_guidance_scale,
+            "guidance_scale": teacher.guidance_scale,
             "image_guidance_scale": teacher.image_guidance_scale,
             "fake_updates": 2,
             "fake": {"learning_rate": 3e-4, "warmup_steps": 0, "weight_decay": 0.0, "ema_decay": 0.0},
