@@ -205,8 +205,9 @@ class DMDConfig:
     `teacher` is a model folder or workdir ("" means `init_from`), guided by these scales. The student takes
     `config.model.steps` steps without guidance. The fake score makes `fake_updates` updates a step, with the optimiser
     `fake`; weights of the GAN above 0 (DMD2: 5e-3 for the generator, 1e-2 for the fake score) add a head to it. Noise
-    levels are uniform in `noise_range`, before the resolution's shift. A run stops when the student's latents spread
-    over the batch less than `min_diversity` of the real ones'.
+    levels are uniform in `noise_range`, before the resolution's shift. `region_weight` weighs what an edit changes as
+    `config.flow.region_weight` does, which must be on too. A run stops when the student's latents spread over the batch
+    less than `min_diversity` of the real ones'.
     """
 
     teacher: str = ""
@@ -217,6 +218,7 @@ class DMDConfig:
     fake: OptimConfig = OptimConfig(learning_rate=5e-7, warmup_steps=0)
     gan_generator_weight: float = 0.0
     gan_fake_weight: float = 0.0
+    region_weight: bool = False
     min_diversity: float = 0.3
 
     def __post_init__(self):
@@ -306,6 +308,10 @@ class TrainConfig:
             raise UserError(
                 f"config.accumulate is {self.accumulate}, but the loss of stage {self.stage} is not a mean over items; "
                 "it must be 1"
+            )
+        if self.stage == "dmd2" and self.dmd.region_weight and not self.flow.region_weight:
+            raise UserError(
+                "config.dmd.region_weight is True, but config.flow.region_weight False; set both, or neither"
             )
         if self.data.encode == "on_device" and self.stage not in ("flow_matching", "vae"):
             raise UserError(

@@ -60,22 +60,42 @@ def test_the_gradient_is_the_difference_of_scores():
     assert np.abs(gradient).max() > 0.5
 
 
-def test_the_loss_has_that_gradient_and_a_fake_equal_to_the_teacher_has_none():
-    stage = Toy(toys.gaussian, steps=1, dmd=UNGUIDED)
+@pytest.mark.parametrize("region_weight", [True, False])
+def test_the_loss_has_that_gradient_and_a_fake_equal_to_the_teacher_has_none(region_weight):
+    """What an edit changes weighs more, here one item in two three times as much; the weights' mean is 1."""
+    stage = Toy(toys.gaussian, steps=1, dmd={**UNGUIDED, "region_weight": region_weight})
     batch = toys.batch(8, (1, 1, 2))
+    batch["weight"][::2] = 3.0
+    weight = np.where(np.arange(8) % 2, 0.5, 1.5)[:, None] if region_weight else np.ones((8, 1))
     student = toys.gaussian_params([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], turn=0.5)
     grad = jax.jit(jax.grad(stage.student_loss, has_aux=True))
     same, (_, values) = grad(student, {"unet": TEACHER}, TEACHER, batch, jax.random.key(0))
     assert values["velocity_gap"] < 1e-6 and all(np.abs(leaf).max() < 1e-6 for leaf in jax.tree.leaves(same))
     other, (made, values) = grad(student, {"unet": student}, TEACHER, batch, jax.random.key(0))
     assert np.linalg.norm(other["mean"]) > 0.05 and values["velocity_gap"] > 0.1
-    # d loss / d mean is the mean gradient of the pictures, which all move with it.
+    # d loss / d mean is the weighted mean gradient of the pictures, which all move with it.
     _, level_key, noise_key = jax.random.split(jax.random.key(0), 3)
     sigma = stage.noise_levels(level_key, made)
     noisy = flow.interpolate(made, jax.random.normal(noise_key, made.shape), sigma)
     velocities = (toys.gaussian(p, noisy, sigma[:, None, None, None], None, None) for p in (TEACHER, student))
-    expected = dmd2.matching_gradient(made, noisy, sigma, *velocities)[:, 0, 0].sum(0) / made.size
+    gradients = dmd2.matching_gradient(made, noisy, sigma, *velocities)[:, 0, 0]
+    expected = (np.float32(weight) * gradients).sum(0) / made.size
     np.testing.assert_allclose(other["mean"], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_fake_score_too_weighs_what_an_edit_changes():
+    stage = Toy(toys.gaussian, steps=1, dmd={**UNGUIDED, "region_weight": True})
+    batch, made = toys.batch(8, (1, 1, 2)), toys.batch(8, (1, 1, 2), seed=1)["target"]
+    found = []
+    for heavier in (1.0, 3.0):
+        batch["weight"][::2] = heavier
+        level_key, noise_key, _ = jax.random.split(jax.random.key(3), 3)
+        sigma, noise = stage.noise_levels(level_key, made), jax.random.normal(noise_key, made.shape)
+        v = toys.gaussian(TEACHER, flow.interpolate(made, noise, sigma), sigma[:, None, None, None], None, None)
+        weight = batch["weight"] / batch["weight"].mean()
+        found.append(stage.fake_loss({"unet": TEACHER}, made, batch, jax.random.key(3))[0])
+        np.testing.assert_allclose(found[-1], (weight * np.square(v - (noise - made))).mean(), rtol=1e-5)
+    assert abs(found[0] - found[1]) > 0.01
 
 
 def test_the_student_moves_onto_its_teacher():
@@ -171,6 +191,7 @@ def test_the_teacher_is_guided_once_to_generate_and_twice_to_edit():
         (["init_from=''"], "config.dmd.teacher and config.init_from are empty"),
         (["dmd.gan_fake_weight=0.01"], "both or neither must be above 0"),
         (["dmd.noise_range=(0.5, 0.2)"], "config.dmd.noise_range is .* 0 < low < high < 1"),
+        (["dmd.region_weight=True", "flow.region_weight=False"], "config.flow.region_weight False; set both"),
         (["dmd.fake_updates=0"], "config.dmd.fake_updates is 0"),
         (["dmd.fake_update=2"], "did you mean 'fake_updates'"),
     ],

@@ -4,6 +4,9 @@ A velocity at a noised picture x_s = (1 - s) z + s e predicts the data end mu = 
 So the gradient of the student's divergence from its teacher, score_fake - score_real (DMD2 eq. 2), is up to a positive
 factor mu_fake - mu_real = s (v_real - v_fake): the guided teacher's velocity against that of the fake score, a network
 that is trained all along on what the student makes.
+
+With `config.dmd.region_weight` both losses count more where an edit changes its picture, as flow matching's does. A
+positive weight does not move the place where the two scores agree.
 """
 
 import math
@@ -132,7 +135,8 @@ class DMD2Stage(LatentStage):
     def student_loss(
         self, params: Any, fake: Any, teacher: Any, batch: Batch, key: jax.Array
     ) -> tuple[Scalar, tuple[Latent, Metrics]]:
-        """½‖x - sg(x - g)‖² with the matching gradient g (mean over elements), and the generator's part of the GAN."""
+        """½‖x - sg(x - g)‖² (mean over elements), g being the weighted matching gradient, and the generator's part of
+        the GAN."""
         make_key, level_key, noise_key = jax.random.split(key, 3)
         made = self.generate(params, batch, make_key)
         sigma = self.noise_levels(level_key, made)
@@ -140,6 +144,7 @@ class DMD2Stage(LatentStage):
         fake_velocity, logits = self.fake_answer(fake, noisy if self.gan else still(noisy), sigma, batch)
         real_velocity = self.teacher_velocity(teacher, still(noisy), sigma, batch)
         gradient = matching_gradient(still(made), still(noisy), sigma, real_velocity, still(fake_velocity))
+        gradient *= self.weight(batch)
         loss = 0.5 * jnp.square(made - still(made - gradient)).mean()
         metrics = {
             "matching_loss": loss,
@@ -182,16 +187,21 @@ class DMD2Stage(LatentStage):
         sigma = self.noise_levels(level_key, made)
         noise = jax.random.normal(noise_key, made.shape)
         noisy, wanted = flow.interpolate(made, noise, sigma), flow.velocity_target(made, noise)
+        weight = self.weight(batch)
         if not self.gan:
-            return jnp.square(self.fake_answer(fake, noisy, sigma, batch)[0] - wanted).mean(), {}
+            return (weight * jnp.square(self.fake_answer(fake, noisy, sigma, batch)[0] - wanted)).mean(), {}
         real = flow.interpolate(batch["target"], jax.random.normal(real_key, made.shape), sigma)
         _, (velocities, (logits, real_logits)) = repeat(
             lambda _, noisy: (None, self.fake_answer(fake, noisy, sigma, batch)), None, jnp.stack([noisy, real])
         )
-        loss = jnp.square(velocities[0] - wanted).mean()
+        loss = (weight * jnp.square(velocities[0] - wanted)).mean()
         told = nn.softplus(logits).mean() + nn.softplus(-real_logits).mean()
         right = 0.5 * ((logits < 0).mean() + (real_logits > 0).mean())
         return loss + self.config.dmd.gan_fake_weight * told, {"gan_fake_loss": told, "gan_accuracy": right}
+
+    def weight(self, batch: Batch) -> Array:
+        """What each element counts in both losses, 1 on average over the batch; or 1 for all, ()."""
+        return self.shares(batch)["weight"] if self.config.dmd.region_weight else jnp.ones(())
 
     # --- the three networks
 
