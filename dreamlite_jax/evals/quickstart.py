@@ -87,8 +87,11 @@ def headline(report: dict[str, Any]) -> str:
     if "generate" in scores:
         words.append("retrieval {retrieval_random:.2f} random, {retrieval_hard:.2f} hard".format(**scores["generate"]))
     if "edit" in scores:
-        words.append("edit gain {edit_gain:.2f}, unchanged {unchanged_psnr:.1f} dB".format(**scores["edit"]))
-        words[-1] += ", objects made {objects_made:.2f}, kept {objects_kept:.2f}".format(**scores["edit"])
+        form = (
+            "edit gain {edit_gain:.2f}, unchanged {unchanged_psnr:.1f} dB, "
+            "objects made {objects_made:.2f}, kept {objects_kept:.2f}"
+        )
+        words.append(form.format(**scores["edit"]))
     return "; ".join(words)
 
 
