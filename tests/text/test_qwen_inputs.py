@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from released_folder import picture, tokenizer_files
+from qwen_oracle import tokenizer_files
+from released_folder import picture
 
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.text.qwen_encoder import QwenEncoder
