@@ -208,5 +208,5 @@ def test_render_is_quick():
     start = time.process_time()
     for scene in drawn:
         render.render(scene, 64)
-    # 0.03 ms on an idle core; the bound leaves room for a busy machine.
+    # 0.03 ms on an idle core. CPU time, because another file is tested at the same time.
     assert (time.process_time() - start) / len(drawn) < 0.5e-3
