@@ -34,6 +34,8 @@ def test_it_is_small_and_says_how_it_was_made():
     recorded = provenance["config"]
     assert (recorded["stage"], recorded["steps"], recorded["seed"]) == ("dmd2", made_by.steps, made_by.seed)
     assert recorded["optim"]["learning_rate"] == made_by.optim.learning_rate
+    for scale in ("guidance_scale", "image_guidance_scale"):
+        assert recorded["dmd"][scale] == getattr(made_by.dmd, scale)
 
 
 def test_it_draws_and_edits_what_it_is_asked_to():
