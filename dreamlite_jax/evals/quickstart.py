@@ -39,7 +39,7 @@ TELLING = (COMPARED[1], MORE[0], MORE[1])
 SPECIALIST_MARGIN = 0.05
 KEPT_BY_STUDENT = 0.90  # share of the guided 28-step teacher's retrieval and edit gain
 LOST_BY_REFL = 0.02  # at most, of retrieval and edit gain
-WON_BY_REFL = 0.02  # at least, of the reward, of which one wrong object costs about 1
+WON_BY_REFL = 0.03  # at least, of the reward, of which one wrong object costs about 1
 RUNTIME_PSNR = 40.0
 
 
@@ -117,11 +117,9 @@ def checks(evals: dict[str, Any], psnr: dict[str, float]) -> list[dict[str, Any]
 
 def post_checks(scores: dict[str, Any]) -> list[tuple[str, float, float]]:
     """What post-training must win, not lose, and the student keep, on held-out prompts; (what, value, floor)."""
-    won = []
-    for task in ("generate", "edit"):
-        after, before = (scores[name][task]["reward"] for name in ("refl", "sft"))
-        won.append((f"ReFL beside SFT, reward ({task})", after - before, WON_BY_REFL))
-    rows = []
+    # One reward is trained over both tasks, so it is the one that must rise.
+    gains = [scores["refl"][task]["reward"] - scores["sft"][task]["reward"] for task in ("generate", "edit")]
+    rows = [("ReFL beside SFT, reward (mean of both tasks)", sum(gains) / len(gains), WON_BY_REFL)]
     for title, task, key in COMPARED:
         of = {name: report[task][key] for name, report in scores.items()}
         rows.append((f"ReFL beside SFT, {title}", of["refl"] - of["sft"], -LOST_BY_REFL))
@@ -130,7 +128,7 @@ def post_checks(scores: dict[str, Any]) -> list[tuple[str, float, float]]:
     for title, task, key in TELLING:
         won_by = scores["dmd2"][task][key] - scores["undistilled"][task][key]
         rows.append((f"student beside its teacher in four unguided steps, {title}", won_by, 0.0))
-    return won + rows
+    return rows
 
 
 def post_table(evals: dict[str, Any]) -> str:
