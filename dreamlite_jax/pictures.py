@@ -2,14 +2,19 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from dreamlite_jax import decoding
 from dreamlite_jax.errors import UserError
+
+READABLE = "PNG, JPEG and WebP work"
+HEIC = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")  # brands of phones' files that need a licensed decoder
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -28,44 +33,40 @@ def psnr(a: np.ndarray, b: np.ndarray, value_range: float = 2.0) -> float:
     return math.inf if error == 0 else 10.0 * math.log10(value_range**2 / error)
 
 
-class TooSmall(ValueError):
-    """A picture with a side below 8 pixels; the message has its size."""
+def read_picture(
+    given: str | Path | Image.Image, say: Callable[[str], None] | None = None, *, name: str | None = None
+) -> Image.Image:
+    """The picture of a file, or one that Pillow has opened, in RGB; see `decoding.decode`.
 
-
-def read_picture(path: str | Path) -> Image.Image:
-    """An RGB picture of a file, upright; see `upright`.
+    Args:
+      say: is told what had to be assumed, in one line that names the file; None: printed on stderr.
+      name: of the file in what is said; default: `given`.
 
     Raises:
-      UserError: missing, unreadable or smaller than 8 pixels a side.
+      UserError: missing, unreadable, smaller than 8 pixels a side or of values that have no known white.
     """
+    is_open = isinstance(given, Image.Image)
+    name = name or ("given" if is_open else str(given))
+    say = say or (lambda note: print(f"note: {note}", file=sys.stderr))
     try:
-        with Image.open(path) as opened:
-            return upright(opened)
+        with contextlib.nullcontext(given) if is_open else Image.open(given) as opened:
+            return decoding.decode(opened, lambda note: say(f"image {name} {note}"))
     except FileNotFoundError:
-        raise UserError(f"image {path}: no such file") from None
-    except TooSmall as error:
-        raise UserError(f"image {path} is {error}") from None
+        raise UserError(f"image {name}: no such file") from None
+    except decoding.Refused as error:
+        raise UserError(f"image {name} {error}") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"image {name} has more than {2 * Image.MAX_IMAGE_PIXELS} pixels; scale it down") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise UserError(f"image {path} cannot be read as a picture ({error}); PNG, JPEG and WebP work") from error
+        raise UserError(f"image {name} cannot be read as a picture ({_why(given, error)}); {READABLE}") from None
 
 
-def upright(opened: Image.Image) -> Image.Image:
-    """The picture decoded, RGB: EXIF rotation applied, transparency laid over white, grey and palette expanded.
-
-    Raises:
-      TooSmall: a side is below 8 pixels. Damaged files raise whatever Pillow does.
-    """
-    opened.load()
-    picture = ImageOps.exif_transpose(opened)
-    if min(picture.size) < 8:
-        raise TooSmall(f"{picture.width}x{picture.height} pixels; each side must be at least 8")
-    if picture.mode in ("I;16", "I;16B", "I;16L", "I"):
-        picture = Image.fromarray((np.asarray(picture, np.float32) / 257.0).clip(0, 255).astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        rgba = picture.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        picture = Image.alpha_composite(white, rgba)
-    return picture.convert("RGB")
+def _why(path: str | Path, error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        with Path(path).open("rb") as file:
+            head = file.read(12)
+        return "it is HEIC" if head[4:8] == b"ftyp" and head[8:] in HEIC else "it is of no kind that is known"
+    return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
 
 
 def fit(picture: Image.Image, width: int, height: int) -> np.ndarray:

@@ -4,12 +4,15 @@ An edit's source, target and mask are cut alike, so that what lay on the same pl
 """
 
 import dataclasses
+import functools
 import io
+import sys
+import threading
 
 import numpy as np
 from PIL import Image
 
-from dreamlite_jax import pictures
+from dreamlite_jax import decoding
 from dreamlite_jax.data.buckets import Size
 from dreamlite_jax.data.sources import BadRecord, EncodedPicture, Record
 from dreamlite_jax.text.templates import Task
@@ -43,41 +46,54 @@ def item(record: Record, size: Size, *, changed_levels: int) -> Item:
     Raises:
       BadRecord: a picture is damaged or too small, or an edit's pictures differ in shape.
     """
-    target = open_picture(record.target, size)
+    target = open_picture(record.target, size, record.id)
     box = crop_box(target.size, size)
     cut_target = cut(target, box, size)
     if record.source is None:
         return Item(record.id, record.task, record.text, cut_target, None, None)
-    source = cut(same_shape("source", open_picture(record.source, size), target), box, size)
+    source = cut(same_shape("source", open_picture(record.source, size, record.id), target), box, size)
     if record.mask is not None:
-        mask = same_shape("mask", open_picture(record.mask, size), target).convert("L")
+        mask = same_shape("mask", open_picture(record.mask, size, record.id), target).convert("L")
         changed = np.asarray(_resize(mask, box, size)) > 127
     else:
         changed = (np.abs(source.astype(np.int16) - cut_target) > changed_levels).any(-1)
     return Item(record.id, record.task, record.text, cut_target, source, changed)
 
 
-def open_picture(encoded: EncodedPicture, at_least: Size | None = None) -> Image.Image:
-    """A decoded picture, upright and RGB; see `pictures.upright`.
+def open_picture(encoded: EncodedPicture, at_least: Size | None = None, record: str = "") -> Image.Image:
+    """A decoded picture, upright and RGB; see `decoding.decode`. What is assumed is said of the first of its kind.
 
     Args:
       at_least: (width, height) that will be cut from it: a much larger JPEG is decoded at 1/2, 1/4 or 1/8.
+      record: that it is of, for what is said.
 
     Raises:
       BadRecord: it cannot be decoded, or a side is below 8 pixels.
     """
+    say = functools.partial(_say_once, record)
     try:
         if isinstance(encoded, np.ndarray):
-            return pictures.upright(_from_array(encoded))
+            return decoding.decode(_from_array(encoded), say)
         with Image.open(io.BytesIO(encoded)) as opened:
             if at_least and opened.format == "JPEG":
                 side = int(SHRINK_LEFT * max(at_least))  # of both sides: which is width EXIF decides later
                 opened.draft(None, (side, side))
-            return pictures.upright(opened)
+            return decoding.decode(opened, say)
     except BadRecord:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadRecord(f"picture cannot be used ({' '.join(str(error).split())})") from None
+
+
+_said: set[str] = set()
+_saying = threading.Lock()
+
+
+def _say_once(record: str, note: str) -> None:
+    with _saying:
+        if note not in _said:
+            _said.add(note)
+            print(f"note: a picture of record {record} {note} (so are others like it)", file=sys.stderr, flush=True)
 
 
 def picture_size(encoded: EncodedPicture) -> Size:

@@ -105,4 +105,4 @@ class VAEStage(OneLoss):
 
 def decode_image(record: Record) -> dict[str, np.ndarray]:
     """{"image": (H, W, 3) float32 in [-1, 1]} of a record's target, as it is."""
-    return {"image": pictures.to_float(np.asarray(open_picture(record.target)))}
+    return {"image": pictures.to_float(np.asarray(open_picture(record.target, record=record.id)))}
