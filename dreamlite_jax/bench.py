@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = cli.documented("dreamlite_jax.bench", __doc__)
     parser.add_argument("--what", required=True, choices=["data"], help="the part to measure")
-    parser.add_argument("--config", metavar="FILE.py[:ARG]", help="a training config that reads raw pictures")
+    cli.add_config(parser)  # one that reads raw pictures
     parser.add_argument("--threads", type=int, help="in place of the config's")
     parser.add_argument("--processes", type=int, help="in place of the config's")
     parser.add_argument("--seconds", type=float, default=10.0)

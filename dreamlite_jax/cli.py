@@ -52,6 +52,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_config(parser: argparse.ArgumentParser, **options) -> None:
+    """--config, of the commands that read one (`config_files`)."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE.py[:ARG]",
+        help="a Python file such as configs/quickstart.py:t2i, or by name one that travels with the package: "
+        "quickstart:t2i",
+        **options,
+    )
+
+
 def model_name(model: Path) -> str:
     """What pictures and reports call the --model they are of: what was given."""
     return "demo" if model == DEMO else str(model)

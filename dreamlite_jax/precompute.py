@@ -296,7 +296,7 @@ def own_ways(config: dict[str, Any]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = cli.documented("dreamlite_jax.precompute", __doc__)
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    cli.add_config(parser, required=True)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--host", type=int, default=0)
     parser.add_argument("--hosts", type=int, default=1)

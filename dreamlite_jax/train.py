@@ -59,7 +59,7 @@ def build_stage(config: TrainConfig):
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
     """Arguments and the validated config; nothing has touched a device yet."""
     parser = cli.documented("dreamlite_jax.train", __doc__)
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    cli.add_config(parser, required=True)
     parser.add_argument(
         "--workdir", required=True, type=Path, help="checkpoints, metrics, grids and the exported model"
     )

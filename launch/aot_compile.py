@@ -268,7 +268,7 @@ def describe(config: TrainConfig, args: argparse.Namespace, report: Report) -> l
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
     """Arguments and the config with its overrides."""
     parser = cli.Parser(prog="launch/aot_compile.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]")
+    cli.add_config(parser, required=True)
     parser.add_argument("--topology", required=True, metavar="v5e:4x4", help="kind of chip and shape of one slice")
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--width", type=int, default=0, help="of the pictures in pixels (default: the config's square)")

@@ -6,11 +6,11 @@ import importlib.util
 import inspect
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import ml_collections
 
+from dreamlite_jax import config_files
 from dreamlite_jax.config import ModelConfig, TextConfig, check_bounds, from_dict, suggestion
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.rewards.config import RewardConfig
@@ -342,7 +342,7 @@ ConfigT = TypeVar("ConfigT", TrainConfig, PrecomputeConfig)
 
 
 def load_config(location: str, overrides: Sequence[str] = (), cls: type[ConfigT] = TrainConfig) -> ConfigT:
-    """The config of `path.py[:arg]` with overrides `field.name=value`, validated.
+    """The config of `path.py[:arg]` or `name[:arg]` (`config_files`), with overrides `field.name=value`, validated.
 
     The file defines `get_config()` or `get_config(arg)` returning a ConfigDict.
 
@@ -357,12 +357,8 @@ def load_config(location: str, overrides: Sequence[str] = (), cls: type[ConfigT]
 
 def read_config_file(location: str) -> dict[str, Any]:
     """Plain nested dict of what a config file returns."""
-    path, _, argument = location.partition(":")
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"--config {path}: no such file; configs are Python files such as configs/quickstart.py")
-    if file.suffix != ".py":
-        raise UserError(f"--config {path}: not a Python file; configs are such files as configs/quickstart.py")
+    path, argument = config_files.split(location)
+    file = config_files.find(path)
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
