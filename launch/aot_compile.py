@@ -54,16 +54,22 @@ OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ((?:{'|'.join(KINDS)})
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one chip. Outputs that reuse the memory of donated arguments count once."""
+    """Bytes of one chip, as the compiler lays the program out: with arrays padded to its tiles.
 
+    `peak` is the most that is there at one moment, arguments included and `code` apart. The others say what it is made
+    of; outputs that reuse the memory of donated arguments count once. Their sum is another number than the peak, above
+    or below it, because what the compiler calls temporaries is not all alive at once and not all that it needs.
+    """
+
+    peak: int
     arguments: int
     outputs: int
     temporaries: int
     code: int
 
     @property
-    def total(self) -> int:
-        return self.arguments + self.outputs + self.temporaries + self.code
+    def needed(self) -> int:
+        return self.peak + self.code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +88,13 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        return self.memory is not None and self.memory.total <= self.available
+        return self.memory is not None and self.memory.needed <= self.available
 
     @property
     def needed(self) -> float:
         """0 where the compiler does not say."""
         if self.memory:
-            return self.memory.total
+            return self.memory.needed
         found = re.search(r"Used ([\d.]+)([KMGT]) of", self.refused)
         return float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1) if found else 0.0
 
@@ -185,6 +191,7 @@ def compile_step(config: TrainConfig, devices: list, size: tuple[int, int], dump
         dump.write_text(program)
     found = compiled.memory_analysis()
     memory = Memory(
+        peak=found.peak_memory_in_bytes,
         arguments=found.argument_size_in_bytes,
         outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
         temporaries=found.temp_size_in_bytes,

@@ -21,7 +21,8 @@
 #   BUCKET                 without gs://; a bucket with a hierarchical namespace, mounted on /gcs on every host
 #   CONFIG WORKDIR         such as configs/dreamlite.py:t2i_256 and /gcs/runs/t2i_256
 #   TRAIN_ARGS             further arguments, such as "--config.mesh.fsdp=16"
-#   SECRETS_FILE           optional: NAME=value lines, copied to the hosts as a file and never put on a command line
+#   SECRETS_FILE           optional: NAME=value lines, values as they stand, copied to the hosts as a file and never put
+#                          on a command line
 #   SERVICE_ACCOUNT        optional
 #   DRY_RUN=1              print every command, run none
 #   DRY_RUN_STATE          the queue's state to assume in a dry run (ACTIVE; empty: no such queued resource)
@@ -78,13 +79,17 @@ await() {
   done
 }
 
+# for_shell NAME VALUE: an assignment that a shell reads to just this value.
+for_shell() { printf "%s='%s'\n" "$1" "${2//\'/\'\\\'\'}"; }
+
 setup() {
   want PROJECT ZONE NAME BUCKET
   local archive=/tmp/$NAME.tar.gz
   do_run git archive --format=tar.gz --output="$archive" HEAD
   copy "$archive" "$REMOTE.tar.gz"
   if [ -n "${SECRETS_FILE:-}" ]; then
-    copy "$SECRETS_FILE" .dreamlite_secrets
+    spell for_shell
+    copy "$SPELLED" .dreamlite_secrets
     ssh_all 'chmod 600 .dreamlite_secrets'
   fi
   ssh_all "mkdir -p $REMOTE && tar -xzf $REMOTE.tar.gz -C $REMOTE && $REMOTE/launch/host_setup.sh $(quoted "$BUCKET")"

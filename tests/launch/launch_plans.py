@@ -28,7 +28,7 @@ GKE = {
     "CONFIG": "configs/dreamlite.py:joint",
     "WORKDIR": "/gcs/runs/joint",
 }
-SECRETS = {"SECRETS_FILE": "my secrets"}  # the space shows the quoting; its content must never be printed
+SECRETS = {"SECRETS_FILE": str(Path(__file__).parent / "my secrets")}  # the space shows the quoting; never printed
 SUSPENDED = {"DRY_RUN_STATE": "SUSPENDED"}
 ABSENT = {"DRY_RUN_STATE": ""}
 
@@ -40,6 +40,8 @@ SCENARIOS = {
     "tpu_vm_queued": ("tpu_vm.sh", "resume", {**TPU_VM, "DRY_RUN_STATE": "WAITING_FOR_RESOURCES"}),
     "tpu_vm_absent": ("tpu_vm.sh", "status resume", {**TPU_VM, **ABSENT}),
     "gke_xpk": ("gke_xpk.sh", "submit monitor resume stop", GKE),
+    "gke_xpk_complete": ("gke_xpk.sh", "resume", {**GKE, "DRY_RUN_STATE": "Completed"}),
+    "gke_xpk_absent": ("gke_xpk.sh", "resume", {**GKE, "DRY_RUN_STATE": ""}),
     "gke_xpk_multislice": ("gke_xpk.sh", "submit", {**GKE, **SECRETS, "SLICES": "2", "MAX_RESTARTS": "3"}),
 }
 
