@@ -14,20 +14,18 @@ shipped file on 200 validation scenes, three pictures of each: retrieval 0.987 r
 unchanged 30.4 dB, objects kept 0.972.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from dreamlite_jax.training.config import read_config_file
+from dreamlite_jax.recipes import config_beside, stage_and_root
 
-# Steps, the learning rate's peak and the share of it that is left at the end, EMA.
+# The learning rate falls from its peak to `final_fraction` of it.
 STAGES = {
-    "t2i": (2_000, 1.5e-3, 0.7, 0.997),
-    "edit": (1_200, 1.3e-3, 0.8, 0.997),
-    "joint": (5_000, 1.2e-3, 0.02, 0.999),
-    "sft": (300, 3e-4, 0.1, 0.99),
-    "refl": (300, 1e-4, 0.1, 0.99),
-    "dmd2": (250, 1e-4, 0.1, 0.99),
+    "t2i": {"steps": 2_000, "learning_rate": 1.5e-3, "final_fraction": 0.7, "ema_decay": 0.997},
+    "edit": {"steps": 1_200, "learning_rate": 1.3e-3, "final_fraction": 0.8, "ema_decay": 0.997},
+    "joint": {"steps": 5_000, "learning_rate": 1.2e-3, "final_fraction": 0.02, "ema_decay": 0.999},
+    "sft": {"steps": 300, "learning_rate": 3e-4, "final_fraction": 0.1, "ema_decay": 0.99},
+    "refl": {"steps": 300, "learning_rate": 1e-4, "final_fraction": 0.1, "ema_decay": 0.99},
+    "dmd2": {"steps": 250, "learning_rate": 1e-4, "final_fraction": 0.1, "ema_decay": 0.99},
 }
 PRETRAINING = ("t2i", "edit", "joint")
 VAE_STEPS = 8_000
@@ -36,17 +34,14 @@ VAE = {"encoder_blocks": (0, 1, 2, 3), "decoder_blocks": (3, 2, 1, 0)}
 
 def get_config(argument: str = "t2i") -> ConfigDict:
     """`argument` is STAGE or STAGE,ROOT: one of STAGES or vae, and the folder of the whole run (runs/demo)."""
-    stage, _, root = argument.partition(",")
-    root = root or "runs/demo"
+    stage, root = stage_and_root(argument, [*STAGES, "vae"], "runs/demo")
     if stage == "vae":
         return autoencoder(root)
-    if stage not in STAGES:
-        raise KeyError(f"stage {stage!r} is not one of {', '.join(STAGES)}, vae")
     recipe = "quickstart.py" if stage in PRETRAINING else "quickstart_post.py"
-    c = ConfigDict(read_config_file(f"{Path(__file__).with_name(recipe)}:{stage},{root}"))
-    steps, learning_rate, final_fraction, ema_decay = STAGES[stage]
-    c.steps = steps
-    c.optim.update({"learning_rate": learning_rate, "final_fraction": final_fraction, "ema_decay": ema_decay})
+    c = config_beside(__file__, f"{recipe}:{stage},{root}")
+    own = dict(STAGES[stage])
+    c.steps = own.pop("steps")
+    c.optim.update(own)
     c.model.vae.update(VAE)
     c.vae = f"{root}/vae/model/vae.safetensors"
     c.model.unet.update({"block_out_channels": (96, 112, 112), "num_heads": (3, 4, 4)})
@@ -56,13 +51,13 @@ def get_config(argument: str = "t2i") -> ConfigDict:
     if stage == "dmd2":
         c.dmd.image_guidance_scale = 3.0
     c.checkpoint_every = 250 if stage in PRETRAINING else 50
-    c.grid_every = steps
+    c.grid_every = c.steps
     return c
 
 
 def autoencoder(root: str) -> ConfigDict:
     """The shipped autoencoder with two blocks more, for longer, hard pictures first: that one blurs large objects."""
-    c = ConfigDict(read_config_file(f"{Path(__file__).with_name('vae.py')}:{root}/data"))
+    c = config_beside(__file__, f"vae.py:{root}/data")
     c.model.vae.update(VAE)
     c.autoencoder.hard_power = 1.5
     c.steps = VAE_STEPS

@@ -26,37 +26,51 @@ in a comparable run), AdamW (0.9, 0.95), EMA 0.9999, batches, steps, warmup, dro
 independently, as in InstructPix2Pix), the resolution of the edit stage, the steps of the buckets, the mesh.
 """
 
+from typing import NamedTuple
+
 from ml_collections import ConfigDict
 
-# pixels, tasks, stage before, steps, batch, parts of a batch, learning rate
+from dreamlite_jax.recipes import stage_and_root
+
+
+class Recipe(NamedTuple):
+    """What differs from stage to stage; `before` is the stage to start from."""
+
+    pixels: int
+    tasks: tuple[str, ...]
+    before: str
+    steps: int
+    batch_size: int
+    accumulate: int
+    learning_rate: float = 1e-4
+
+
 STAGES = {
-    "t2i_256": (256, ("t2i",), "", 300_000, 2048, 4, 2e-4),
-    "t2i_512": (512, ("t2i",), "t2i_256", 100_000, 2048, 1, 1e-4),
-    "t2i_1024": (1024, ("t2i",), "t2i_512", 50_000, 1024, 4, 1e-4),
-    "edit": (1024, ("edit",), "t2i_1024", 30_000, 1024, 4, 1e-4),
-    "joint": (1024, ("t2i", "edit"), "edit", 50_000, 1024, 4, 1e-4),
-    "sft": (1024, ("sft_t2i", "sft_edit"), "joint", 5_000, 512, 2, 2e-5),
+    "t2i_256": Recipe(256, ("t2i",), "", steps=300_000, batch_size=2048, accumulate=4, learning_rate=2e-4),
+    "t2i_512": Recipe(512, ("t2i",), "t2i_256", steps=100_000, batch_size=2048, accumulate=1),
+    "t2i_1024": Recipe(1024, ("t2i",), "t2i_512", steps=50_000, batch_size=1024, accumulate=4),
+    "edit": Recipe(1024, ("edit",), "t2i_1024", steps=30_000, batch_size=1024, accumulate=4),
+    "joint": Recipe(1024, ("t2i", "edit"), "edit", steps=50_000, batch_size=1024, accumulate=4),
+    "sft": Recipe(1024, ("sft_t2i", "sft_edit"), "joint", 5_000, batch_size=512, accumulate=2, learning_rate=2e-5),
 }
 TEXT_LENGTH = {"t2i": 200, "edit": 384}  # of a prompt; of an instruction after its picture's 263 states
 
 
 def get_config(argument: str = "t2i_256") -> ConfigDict:
     """`argument` is STAGE or STAGE,ROOT: one of the table, and the folder of all data and runs."""
-    stage, _, root = argument.partition(",")
-    root = root or "/gcs"
-    if stage not in STAGES:
-        raise KeyError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
-    pixels, tasks, before, steps, batch_size, accumulate, learning_rate = STAGES[stage]
+    stage, root = stage_and_root(argument, STAGES, "/gcs")
+    recipe = STAGES[stage]
+    pixels = recipe.pixels
     c = ConfigDict()
     c.stage = "flow_matching"
     c.model = model(root)
-    sources = [f"{root}/latents/{task}_{pixels}" for task in tasks]
+    sources = [f"{root}/latents/{task}_{pixels}" for task in recipe.tasks]
     c.data = ConfigDict(
         {
             "sources": tuple({"path": path, "weight": 1.0} for path in sources),
             "validation": tuple({"path": f"{path}_validation"} for path in sources),
-            "batch_size": batch_size,
-            "text_length": max(TEXT_LENGTH[task.removeprefix("sft_")] for task in tasks),
+            "batch_size": recipe.batch_size,
+            "text_length": max(TEXT_LENGTH[task.removeprefix("sft_")] for task in recipe.tasks),
             "threads": 16,
             # Latents have the size they were made with; this says it to what has no data to look at.
             "buckets": {"size": pixels, "multiple": pixels // 8, "max_ratio": 2.0},
@@ -65,8 +79,8 @@ def get_config(argument: str = "t2i_256") -> ConfigDict:
     c.flow = ConfigDict({"text_drop": 0.1, "image_drop": 0.1, "region_weight": True})
     c.optim = ConfigDict(
         {
-            "learning_rate": learning_rate,
-            "warmup_steps": 2000 if before else 5000,
+            "learning_rate": recipe.learning_rate,
+            "warmup_steps": 2000 if recipe.before else 5000,
             "decay": "cosine" if stage == "sft" else "constant",
             "b1": 0.9,
             "b2": 0.95,
@@ -79,10 +93,10 @@ def get_config(argument: str = "t2i_256") -> ConfigDict:
     c.mesh = ConfigDict({"fsdp": 8 if stage == "t2i_256" else 16})
     c.dtype = "bfloat16"
     c.remat = True
-    c.accumulate = accumulate
-    c.init_from = f"{root}/runs/{before}" if before else ""
+    c.accumulate = recipe.accumulate
+    c.init_from = f"{root}/runs/{recipe.before}" if recipe.before else ""
     c.vae = f"{root}/released/vae.safetensors"
-    c.steps = steps
+    c.steps = recipe.steps
     c.log_every = 100
     c.checkpoint_every = 1000
     c.keep_checkpoints = 3

@@ -15,16 +15,20 @@ Hours: unmeasured. The size is printed before anything is written: 0.4 to 1.3 MB
 
 from ml_collections import ConfigDict
 
-TASKS = ("t2i", "edit", "sft_t2i", "sft_edit")
+from dreamlite_jax.recipes import stage_and_root
+
+SETS = [
+    f"{task}_{pixels}{shape}"
+    for task in ("t2i", "edit", "sft_t2i", "sft_edit")
+    for pixels in (256, 512, 1024)
+    for shape in ("", "_square")
+]
 
 
 def get_config(argument: str = "t2i_256") -> ConfigDict:
     """`argument` is TASK_PIXELS, TASK_PIXELS_square or one of them and ROOT: edit_1024,/data (default /gcs)."""
-    name, _, root = argument.partition(",")
-    root = root or "/gcs"
+    name, root = stage_and_root(argument, SETS, "/gcs")
     task, _, pixels = name.removesuffix("_square").rpartition("_")
-    if task not in TASKS or pixels not in ("256", "512", "1024"):
-        raise KeyError(f"{name!r} is not one of {', '.join(TASKS)} with _256, _512 or _1024 (and _square) behind it")
     c = ConfigDict()
     c.source = ConfigDict({"kind": "array_record", "path": f"{root}/raw/{task}", "name": "train"})
     c.vae = f"{root}/released/vae.safetensors"

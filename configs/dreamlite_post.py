@@ -23,37 +23,55 @@ Our choice: everything else of ReFL (learning rate, weight, schedule of 28 steps
 512 px, batch, steps, bounds of collapse), and of DMD2 the steps, the batch and the EMA.
 """
 
-from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from dreamlite_jax.training.config import read_config_file
+from dreamlite_jax.recipes import config_beside, stage_and_root
 
-# Pixels, what follows them in the names of latents, widest sides, stage before, steps, batch, learning rate.
+
+class Recipe(NamedTuple):
+    """What differs from stage to stage.
+
+    Attributes:
+      latents: name of the folders of latents, after the task.
+      max_ratio: width over height of the widest bucket.
+      before: the stage to start from.
+    """
+
+    pixels: int
+    latents: str
+    max_ratio: float
+    before: str
+    steps: int
+    learning_rate: float
+    batch_size: int = 128
+
+
 STAGES = {
-    "refl": (512, "_square", 1.0, "sft", 2_000, 128, 1e-5),
-    "dmd2": (1024, "", 2.0, "refl", 10_000, 128, 5e-7),
+    "refl": Recipe(512, "512_square", max_ratio=1.0, before="sft", steps=2_000, learning_rate=1e-5),
+    "dmd2": Recipe(1024, "1024", max_ratio=2.0, before="refl", steps=10_000, learning_rate=5e-7),
 }
 
 
 def get_config(argument: str = "refl") -> ConfigDict:
     """`argument` is STAGE or STAGE,ROOT: refl or dmd2, and the folder of all data and runs."""
-    stage, _, root = argument.partition(",")
-    root = root or "/gcs"
-    if stage not in STAGES:
-        raise KeyError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
-    pixels, shape, max_ratio, before, steps, batch_size, learning_rate = STAGES[stage]
-    c = ConfigDict(read_config_file(f"{Path(__file__).with_name('dreamlite.py')}:joint,{root}"))
+    stage, root = stage_and_root(argument, STAGES, "/gcs")
+    recipe = STAGES[stage]
+    pixels = recipe.pixels
+    c = config_beside(__file__, f"dreamlite.py:joint,{root}")
     c.stage = stage
-    c.init_from = f"{root}/runs/{before}"
-    c.steps = steps
+    c.init_from = f"{root}/runs/{recipe.before}"
+    c.steps = recipe.steps
     c.accumulate = 1
-    c.data.batch_size = batch_size
-    sources = [f"{root}/latents/{task}_{pixels}{shape}" for task in ("t2i", "edit")]
+    c.data.batch_size = recipe.batch_size
+    sources = [f"{root}/latents/{task}_{recipe.latents}" for task in ("t2i", "edit")]
     c.data.sources = tuple({"path": path, "weight": 1.0} for path in sources)
     c.data.validation = tuple({"path": f"{path}_validation"} for path in sources)
-    c.data.buckets = ConfigDict({"size": pixels, "multiple": pixels // 8, "max_ratio": max_ratio})
-    c.optim.update({"learning_rate": learning_rate, "warmup_steps": 100, "decay": "constant", "ema_decay": 0.999})
+    c.data.buckets = ConfigDict({"size": pixels, "multiple": pixels // 8, "max_ratio": recipe.max_ratio})
+    c.optim.update(
+        {"learning_rate": recipe.learning_rate, "warmup_steps": 100, "decay": "constant", "ema_decay": 0.999}
+    )
     c.checkpoint_every = 250
     c.grid_every = 500
     if stage == "refl":

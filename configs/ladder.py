@@ -4,7 +4,8 @@
 
 The order of the rungs and their values are the paper's; it prints no parameter counts per rung, so these are what the
 configs count to. Where a rung leaves a choice open (when the first level gets its cross-attention), it is ours.
-Reads /gcs/latents/t2i_1024 and /gcs/released, as configs/dreamlite.py. Chips, hours, metric: unmeasured.
+Reads ROOT/latents/t2i_1024 and ROOT/released, as configs/dreamlite.py; `--check` needs neither. Another ROOT than /gcs:
+--config configs/ladder.py:separable,ROOT. Chips, hours, metric: unmeasured.
 
     sdxl               2,612 M   blocks [0, 2, 10], channels 320/640/1280, SDXL's blocks around DreamLite's embeddings
     blocks             1,337 M   [0, 2, 10] → [0, 2, 4]
@@ -18,13 +19,14 @@ Reads /gcs/latents/t2i_1024 and /gcs/released, as configs/dreamlite.py. Chips, h
 
 from ml_collections import ConfigDict
 
+from dreamlite_jax.recipes import stage_and_root
+
 RUNGS = ("sdxl", "blocks", "channels", "no_self_attention", "separable", "ff3", "mqa", "channel_concat")
 
 
-def get_config(rung: str = "mqa") -> ConfigDict:
-    """`rung` is one of RUNGS; each contains those before it. "mqa" is the released network."""
-    if rung not in RUNGS:
-        raise KeyError(f"rung {rung!r} is not one of {', '.join(RUNGS)}")
+def get_config(argument: str = "mqa") -> ConfigDict:
+    """`argument` is RUNG or RUNG,ROOT. Each rung contains those before it; "mqa" is the released network."""
+    rung, root = stage_and_root(argument, RUNGS, "/gcs")
     height = RUNGS.index(rung)
     unet = {
         "block_out_channels": (320, 640, 1280),
@@ -54,8 +56,11 @@ def get_config(rung: str = "mqa") -> ConfigDict:
         unet.update(step)
     c = ConfigDict()
     c.stage = "flow_matching"
-    c.model = ConfigDict({"unet": unet, "text": {"encoder": "qwen3_vl", "source": "/gcs/released", "max_length": 200}})
-    c.data = ConfigDict({"sources": ({"path": "/gcs/latents/t2i_1024"},), "batch_size": 1024, "text_length": 200})
+    c.model = ConfigDict(
+        {"unet": unet, "text": {"encoder": "qwen3_vl", "source": f"{root}/released", "max_length": 200}}
+    )
+    c.data = ConfigDict({"sources": ({"path": f"{root}/latents/t2i_1024"},), "batch_size": 1024, "text_length": 200})
+    c.vae = f"{root}/released/vae.safetensors"
     c.steps = 100_000
     c.dtype = "bfloat16"
     c.remat = True

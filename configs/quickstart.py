@@ -10,22 +10,21 @@ side by side, logit-normal sigmas with the resolution's shift, region-weighted e
 
 from ml_collections import ConfigDict
 
-# Steps, the stage to start from, the learning rate's peak and the share of it that is left at the end. Each stage
-# starts about where the one before ends: with a full peak, the joint stage spent half of its steps on relearning.
+from dreamlite_jax.recipes import stage_and_root
+
+# The learning rate falls from its peak to `final_fraction` of it. Each stage starts about where the one before ends:
+# with a full peak, the joint stage spent half of its steps on relearning.
 STAGES = {
-    "t2i": (450, "", 1.5e-3, 0.6),
-    "edit": (850, "t2i", 1.2e-3, 0.7),
-    "joint": (1450, "edit", 1.1e-3, 0.02),
+    "t2i": {"steps": 450, "before": "", "learning_rate": 1.5e-3, "final_fraction": 0.6},
+    "edit": {"steps": 850, "before": "t2i", "learning_rate": 1.2e-3, "final_fraction": 0.7},
+    "joint": {"steps": 1450, "before": "edit", "learning_rate": 1.1e-3, "final_fraction": 0.02},
 }
 
 
 def get_config(argument: str = "t2i") -> ConfigDict:
     """`argument` is STAGE or STAGE,ROOT: t2i, edit or joint, and the folder of the whole run (runs/quickstart)."""
-    stage, _, root = argument.partition(",")
-    root = root or "runs/quickstart"
-    if stage not in STAGES:
-        raise KeyError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
-    steps, before, learning_rate, final_fraction = STAGES[stage]
+    stage, root = stage_and_root(argument, STAGES, "runs/quickstart")
+    recipe = STAGES[stage]
     c = ConfigDict()
     c.stage = "flow_matching"
     c.model = model()
@@ -40,16 +39,16 @@ def get_config(argument: str = "t2i") -> ConfigDict:
     )
     c.optim = ConfigDict(
         {
-            "learning_rate": learning_rate,
+            "learning_rate": recipe["learning_rate"],
             "warmup_steps": 100,
             "decay": "cosine",
-            "final_fraction": final_fraction,
+            "final_fraction": recipe["final_fraction"],
             "weight_decay": 0.01,
             "ema_decay": 0.997,
         }
     )
-    c.init_from = f"{root}/{before}" if before else ""
-    c.steps = steps
+    c.init_from = f"{root}/{recipe['before']}" if recipe["before"] else ""
+    c.steps = recipe["steps"]
     c.checkpoint_every = 200
     c.grid_every = 500
     return c

@@ -11,44 +11,38 @@ Nothing of the sprites is curated, so SFT is the joint stage's data at a low lea
 picture that the words determine (`rewards.perceptual.TargetReward`).
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from dreamlite_jax.training.config import read_config_file
+from dreamlite_jax.recipes import config_beside, stage_and_root
 
-# Steps, the stage to start from, learning rate, EMA.
 STAGES = {
-    "sft": (200, "joint", 3e-4, 0.99),
-    "refl": (150, "sft", 2e-4, 0.98),
-    "dmd2": (350, "refl", 1e-4, 0.99),
+    "sft": {"steps": 200, "before": "joint", "learning_rate": 3e-4, "ema_decay": 0.99},
+    "refl": {"steps": 150, "before": "sft", "learning_rate": 2e-4, "ema_decay": 0.98},
+    "dmd2": {"steps": 350, "before": "refl", "learning_rate": 1e-4, "ema_decay": 0.99},
 }
 
 
 def get_config(argument: str = "sft") -> ConfigDict:
     """`argument` is STAGE or STAGE,ROOT: sft, refl or dmd2, and the folder of the whole run (runs/quickstart)."""
-    stage, _, root = argument.partition(",")
-    root = root or "runs/quickstart"
-    if stage not in STAGES:
-        raise KeyError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
-    steps, before, learning_rate, ema = STAGES[stage]
-    c = ConfigDict(read_config_file(f"{Path(__file__).with_name('quickstart.py')}:joint,{root}"))
+    stage, root = stage_and_root(argument, STAGES, "runs/quickstart")
+    recipe = STAGES[stage]
+    c = config_beside(__file__, f"quickstart.py:joint,{root}")
     c.stage = "flow_matching" if stage == "sft" else stage
-    c.init_from = f"{root}/{before}"
-    c.steps = steps
+    c.init_from = f"{root}/{recipe['before']}"
+    c.steps = recipe["steps"]
     c.data.batch_size = 32
     c.optim.update(
         {
-            "learning_rate": learning_rate,
+            "learning_rate": recipe["learning_rate"],
             "warmup_steps": 20,
             "decay": "constant" if stage == "refl" else "cosine",
             "final_fraction": 0.1,
-            "ema_decay": ema,
+            "ema_decay": recipe["ema_decay"],
         }
     )
     c.log_every = 10
     c.checkpoint_every = 50
-    c.grid_every = steps
+    c.grid_every = c.steps
     if stage == "refl":
         c.refl = refl()
     if stage == "dmd2":
