@@ -28,10 +28,12 @@ def launched(tmp_path):
     log = tmp_path / "log"
     recorder = tmp_path / ".venv" / "bin" / "python"
     recorder.parent.mkdir(parents=True)
+    (tmp_path / ".venv" / "pyvenv.cfg").touch()
 
     def run(*arguments: str, fail: str = "no such command", script: str = "quickstart.sh") -> tuple[int, list[str]]:
         log.write_text("")
-        recorder.write_text(f'#!/bin/sh\necho "$*" >> {log}\ncase "$*" in *"{fail}"*) exit 1;; esac\n')
+        version = '[ "$1" = -c ] && echo 3.11 && exit\n'  # all that setup.sh asks it
+        recorder.write_text(f'#!/bin/sh\n{version}echo "$*" >> {log}\ncase "$*" in *"{fail}"*) exit 1;; esac\n')
         recorder.chmod(0o755)
         # Its own environment folder, not the one that these tests may run in.
         env = {**os.environ, "DREAMLITE_VENV": str(tmp_path / ".venv")}
