@@ -32,30 +32,6 @@ PARTIAL_EXPORT = ".model."  # what `model_folder.new_folder` calls "model" while
 PROBE = ".preflight."  # how the folder begins in which launch/preflight.py tries whether it can write
 
 
-def stage_class(config: TrainConfig) -> type:
-    """The kind of stage that a config asks for."""
-    if config.stage == "vae":
-        from dreamlite_jax.training.stages.vae import VAEStage
-
-        return VAEStage
-    if config.stage == "refl":
-        from dreamlite_jax.training.stages.refl import ReFLStage
-
-        return ReFLStage
-    if config.stage == "dmd2":
-        from dreamlite_jax.training.stages.dmd2 import DMD2Stage
-
-        return DMD2Stage
-    from dreamlite_jax.training.stages.flow_matching import FlowMatchingStage
-
-    return FlowMatchingStage
-
-
-def build_stage(config: TrainConfig):
-    """The stage that a config asks for, with what it needs to know of its data read."""
-    return stage_class(config)(config)
-
-
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
     """Arguments and the validated config; nothing has touched a device yet."""
     parser = cli.documented("dreamlite_jax.train", __doc__)
@@ -98,13 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dreamlite_jax.training import distributed
 
     distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    stage = build_stage(config)
+    from dreamlite_jax.training.build import build
+
+    stage, feed, gallery = build(config)
     if args.check:
         import jax
 
         from dreamlite_jax.training.loop import check
 
-        for line in check(config, stage):
+        for line in check(config, stage, feed):
             print(line)
         jax.clear_caches()
         return 0
@@ -115,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_workdir(args.workdir)
     code = 0
     try:
-        train(config, stage, args.workdir)
+        train(config, stage, feed, gallery, args.workdir)
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         code = exit_codes.PREEMPTED

@@ -26,7 +26,8 @@ from dreamlite_jax import cli
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import write_json
-from dreamlite_jax.training.config import ACCUMULATING, TrainConfig, load_config
+from dreamlite_jax.training.config import TrainConfig, load_config
+from dreamlite_jax.training.stages import table
 
 OVERRIDE = "--config."
 GIB = 2**30
@@ -158,21 +159,18 @@ def compile_step(config: TrainConfig, devices: list, size: tuple[int, int], dump
     import jax
 
     from dreamlite_jax.training import sharding
-    from dreamlite_jax.training.abstract import abstract_batch, abstract_stage
+    from dreamlite_jax.training.build import build
     from dreamlite_jax.training.loop import check_batch
 
     mesh = sharding.make_mesh(config.mesh, devices)
     check_batch(config, mesh.size)
-    stage = abstract_stage(config)
-    shapes = jax.eval_shape(stage.init_state, jax.random.key(config.seed))
+    stage, feed, _ = build(config, shapes_only=True)
+    shapes, rows = stage.state_shapes(), feed.batch(stage.fields, *size)
     with jax.set_mesh(mesh):  # nothing may be computed in here: there are no such devices
         placement = sharding.state_sharding(mesh, shapes)
         state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
         put = sharding.batch_sharding(mesh)
-        batch = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put)
-            for name, x in abstract_batch(stage, *size).items()
-        }
+        batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=put) for name, x in rows.items()}
         # As the loop compiles it.
         jitted = jax.jit(stage.step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh)))
         lowered = jitted.lower(state, batch)
@@ -267,7 +265,9 @@ def describe(config: TrainConfig, args: argparse.Namespace, report: Report) -> l
         lines.append(f"collectives: {sums or 'none'}")
     if stray := report.collectives.get("all-to-all"):
         lines.append(f"{stray[0]} all-to-all: activations move between chips, so a sharding is not pinned")
-    ways = "mesh.fsdp or the number of chips" + (" or config.accumulate" if config.stage in ACCUMULATING else "")
+    ways = "mesh.fsdp or the number of chips" + (
+        " or config.accumulate" if table.find(config.stage).accumulates else ""
+    )
     lines.append("it fits" if report.fits else f"it does not fit: raise {ways}, or set remat")
     return lines
 
@@ -294,8 +294,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    os.environ.update(ENVIRONMENT)  # first: a stage of one's own loads JAX when the config is read
     args, config = parse(sys.argv[1:] if argv is None else argv)
-    os.environ.update(ENVIRONMENT)
     devices = topology_devices(args.topology, args.slices)
     mesh = dataclasses.replace(config.mesh, data=config.mesh.data or max(1, len(devices) // config.mesh.fsdp))
     config = dataclasses.replace(config, mesh=mesh)

@@ -23,7 +23,7 @@ from typing import Any
 
 from dreamlite_jax import cli
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.train import PROBE, build_stage, check_workdir, parse
+from dreamlite_jax.train import PROBE, check_workdir, parse
 from dreamlite_jax.training.config import TrainConfig
 
 
@@ -89,33 +89,34 @@ def storage(workdir: Path) -> tuple[str, None]:
 
 def data(config: TrainConfig) -> tuple[str, Any]:
     """The stage, built: it looks at every source and compares it with the config."""
-    stage = build_stage(config)
+    from dreamlite_jax.training.build import build
+
+    run = build(config)
     sources = (*config.data.sources, *config.data.validation)
-    return f"{len(sources)} source(s) are what the config says", stage
+    return f"{len(sources)} source(s) are what the config says", run
 
 
-def batch(stage: Any) -> tuple[str, Any]:
+def batch(run: Any) -> tuple[str, Any]:
     """The first batch of this host."""
     import numpy as np
 
-    values = next(iter(stage.dataset()))
+    values = next(iter(run.feed.dataset(run.stage.fields)))
     bad = [name for name, value in values.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
     if bad:
         raise UserError(f"{', '.join(bad)} of the first batch are not finite; the source was made badly")
     return ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items()), values
 
 
-def step(config: TrainConfig, mesh: Any, stage: Any, values: dict[str, Any]) -> tuple[str, None]:
+def step(config: TrainConfig, mesh: Any, run: Any, values: dict[str, Any]) -> tuple[str, None]:
     """One step from a fresh state, compiled as the loop compiles it."""
     import jax
 
     from dreamlite_jax.training import sharding
 
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(stage.init_state, jax.random.key(config.seed))
-        placement = sharding.state_sharding(mesh, shapes)
-        state = sharding.place(stage.init_state(jax.random.key(config.seed)), placement)
-        jitted = jax.jit(stage.step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh)))
+        placement = sharding.state_sharding(mesh, run.stage.state_shapes())
+        state = sharding.place(run.stage.init_state(), placement)
+        jitted = jax.jit(run.stage.step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh)))
         rows = sharding.global_batch(values, sharding.batch_sharding(mesh))
         started = time.monotonic()
         compiled = jitted.lower(state, rows).compile()

@@ -17,8 +17,8 @@ from dreamlite_jax.data import latents
 from dreamlite_jax.data.sprites import builder
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import load_vae, vae_manifest
-from dreamlite_jax.train import build_stage
-from dreamlite_jax.training import abstract, loop
+from dreamlite_jax.training import loop
+from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import PrecomputeConfig, load_config, read_config_file
 
 REPOSITORY = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_training_configs_build_and_their_steps_have_shapes(root, file, argument
     written = read_config_file(location)
     config = load_config(location, ["init_from=''"])
     assert config.steps == written["steps"] and config.stage == written["stage"]
-    report = "\n".join(loop.check(config, build_stage(config)))
+    report = "\n".join(loop.check(config, *build(config)[:2]))
     assert f"batch {config.data.batch_size}" in report and "grad_norm" in report
 
 
@@ -87,7 +87,8 @@ def test_full_size_configs_build(file):
     """Every argument; what they say of another root is where they look."""
     for argument in FULL_SIZE[file]:
         config = load_config(f"{REPOSITORY}/configs/{file}:{argument}")
-        abstract.abstract_batch(abstract.abstract_stage(config))
+        stage, feed, _ = build(config, shapes_only=True)
+        feed.batch(stage.fields)
     with pytest.raises(UserError, match="is not one of"):
         load_config(f"{REPOSITORY}/configs/{file}:nonsense")
 
@@ -103,9 +104,8 @@ def test_full_size_configs_build(file):
 def test_steps_of_the_full_size_have_shapes(file, argument):
     """Neither data nor the autoencoder is here: shapes come from the config."""
     config = load_config(f"{REPOSITORY}/configs/{file}:{argument}")
-    stage = abstract.abstract_stage(config)
-    batch = abstract.abstract_batch(stage)
-    state = jax.eval_shape(stage.init_state, jax.random.key(0))
+    stage, feed, _ = build(config, shapes_only=True)
+    batch, state = feed.batch(stage.fields), stage.state_shapes()
     new, metrics = jax.eval_shape(stage.step, state, batch)
     assert (argument in ("sdxl", "no_self_attention")) or abs(loop.count(state.params) - 389_968_388) < 1e4
     assert jax.tree.map(np.shape, new) == jax.tree.map(np.shape, state) and metrics["loss"].shape == ()

@@ -6,7 +6,6 @@ what the machine or the storage is at fault for is raised, and moves nothing.
 """
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import json
@@ -25,6 +24,7 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.training import distributed
 from dreamlite_jax.training.errors import SaveError, short
 from dreamlite_jax.training.fingerprint import fingerprint
+from dreamlite_jax.training.state import TrainState, from_saved, saved
 
 FOLDER, DAMAGED = "checkpoints", "damaged"  # in a workdir
 ARCHITECTURE = ("unet", "vae", "text")  # of `config.model`; the rest are settings, which may change between starts
@@ -35,10 +35,10 @@ PASSING = (  # how messages of storage and devices begin that say nothing of wha
 
 
 class Restored(NamedTuple):
-    """A state, the data iterator's state and what `save` was told of the run."""
+    """A state without what is frozen, the data iterator's state and what `save` was told of the run."""
 
     step: int
-    state: Any
+    state: TrainState
     position: dict[str, Any]
     meta: dict[str, Any]
 
@@ -53,6 +53,7 @@ class Checkpoints:
         self.workdir = workdir.absolute()
         self.directory = self.workdir / FOLDER
         self._last = 0  # the step of the last save that was started
+        self._frozen: dict[str, int] | None = None  # the fingerprint of what is frozen, once it is known
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -64,7 +65,7 @@ class Checkpoints:
         """Steps with a folder, newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def save(self, step: int, state: Any, position: dict[str, Any], meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, position: dict[str, Any], meta: dict[str, Any]) -> None:
         """Starts a save; the arrays are copied off the device before it returns.
 
         `position` is the data iterator's state: the same on every host, so it is one small JSON beside the arrays.
@@ -74,7 +75,8 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        meta = {**meta, "layout": layout(state), "fingerprint": fingerprint(state)}
+        parts, still = saved(state), self._fingerprint_of(state.frozen)
+        meta = {**meta, "layout": layout(parts), "fingerprint": fingerprint(parts) | still}
         with self._saving():
             self._manager.wait_until_finished()
             self._confirm()
@@ -82,11 +84,25 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position), meta=ocp.args.JsonSave(meta)
+                    state=ocp.args.PyTreeSave(parts), data=ocp.args.JsonSave(position), meta=ocp.args.JsonSave(meta)
                 ),
             )
 
-    def restore(self, shapes: Any, placement: Any) -> Restored | None:
+    def _fingerprint_of(self, frozen: dict[str, Any]) -> dict[str, int]:
+        if self._frozen is None:
+            self._frozen = fingerprint(frozen)
+        return self._frozen
+
+    def check_frozen(self, restored: Restored, frozen: dict[str, Any]) -> None:
+        """Raises `UserError` where what never changes is not what the run that saved a state had."""
+        before = restored.meta["fingerprint"]
+        if other := [name for name, found in self._fingerprint_of(frozen).items() if before.get(name, found) != found]:
+            raise UserError(
+                f"{self.directory} was trained beside other weights as {other[0]} than those that the config names "
+                "now; put them back, or use another --workdir"
+            )
+
+    def restore(self, shapes: TrainState, placement: TrainState) -> Restored | None:
         """The newest whole checkpoint, its state placed by `placement`'s shardings; None where there is none.
 
         Damaged ones are moved to the workdir's folder `damaged`, with a message on stderr.
@@ -96,11 +112,14 @@ class Checkpoints:
             shapes.
           Exception: anything that is no damage, such as storage that does not answer.
         """
-        wanted = layout(shapes)
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
+        wanted = layout(saved(shapes))
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved(shapes), saved(placement)
+        )
+        elsewhere = {"frozen", *shapes.frozen}  # earlier versions of this code saved it too
         for step in self.steps():
             try:
-                restored = self._restore(step, target, wanted)
+                restored = self._restore(step, target, wanted, elsewhere)
             except Exception as error:
                 if not is_damage(error):
                     raise
@@ -115,22 +134,21 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, target: Any, wanted: dict[str, str]) -> Restored:
+    def _restore(self, step: int, target: Any, wanted: dict[str, str], elsewhere: set[str]) -> Restored:
         found = _meta(self._manager, step).get("layout")
         if found is None:
             raise UserError(f"{self.directory} was written by an earlier version of this code; use another --workdir")
-        if other := [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]:
+        names = (found.keys() | wanted.keys()) - elsewhere
+        if other := [name for name in names if found.get(name) != wanted.get(name)]:
             raise UserError(
                 f"{self.directory} holds a checkpoint whose {min(other)} has other arrays than this config makes; "
                 "use the config it was started with, or another --workdir"
             )
-        parts = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
-        )
+        parts = ocp.args.Composite(state=_restore_of(target), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=parts)
         state, meta = restored["state"], restored["meta"]
-        _verify(meta["fingerprint"], state)
-        return Restored(step, state, restored["data"], meta)
+        _verify({name: meta["fingerprint"][name] for name in wanted}, state)
+        return Restored(step, from_saved(state), restored["data"], meta)
 
     def _set_aside(self, step: int, error: Exception) -> None:
         distributed.wait_for_all(f"damaged {step}")
@@ -244,13 +262,16 @@ def averaged(workdir: Path, shapes: Any) -> Any:
     """
     whole = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     item = {"ema": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)}
-    restore = ocp.args.PyTreeRestore(
-        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
     with _newest(workdir) as (manager, step):
-        parts = manager.restore(step, args=ocp.args.Composite(state=restore, meta=ocp.args.JsonRestore()))
+        parts = manager.restore(step, args=ocp.args.Composite(state=_restore_of(item), meta=ocp.args.JsonRestore()))
         _verify({"ema": parts["meta"]["fingerprint"]["ema"]}, {"ema": parts["state"]["ema"]})
     return jax.device_get(parts["state"]["ema"])
+
+
+def _restore_of(target: Any) -> ocp.args.PyTreeRestore:
+    """Of a saved tree, these arrays alone."""
+    arguments = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
 
 
 @contextlib.contextmanager
@@ -284,18 +305,18 @@ def steps_in(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
 
 
-def layout(state: Any) -> dict[str, str]:
-    """A digest of every field's paths, shapes and dtypes."""
+def layout(parts: dict[str, Any]) -> dict[str, str]:
+    """A digest of every part's paths, shapes and dtypes."""
     digests = {}
-    for field in dataclasses.fields(state):
-        leaves = jax.tree_util.tree_leaves_with_path(getattr(state, field.name))
+    for name, tree in parts.items():
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
         text = "".join(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype};" for path, x in leaves)
-        digests[field.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        digests[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return digests
 
 
-def _verify(expected: dict[str, int], state: Any) -> None:
-    found = fingerprint(state)
+def _verify(expected: dict[str, int], parts: dict[str, Any]) -> None:
+    found = fingerprint(parts)
     if wrong := [name for name in expected if found.get(name) != expected[name]]:
         raise ValueError(f"the arrays of {', '.join(wrong)} are not those that were saved")
 

@@ -14,6 +14,7 @@ from dreamlite_jax import config_files
 from dreamlite_jax.config import ModelConfig, TextConfig, check_bounds, from_dict, suggestion
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.rewards.config import RewardConfig
+from dreamlite_jax.training.stages import table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,12 +253,12 @@ COUNTS = (
     "steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints", "grid_every", "grid_items",
     "grid_steps",
 )  # fmt: skip
-ACCUMULATING = ("flow_matching",)  # stages whose loss is a mean over the items of a batch
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One stage of training.
+    """One stage of training: one of `training.stages.table`, or a class of your own as FILE.py:CLASS
+    (docs/extending.md).
 
     `init_from` is a model folder, or the workdir of a run of any stage: its exported model, or the averaged parameters
     of its newest checkpoint if it has not exported yet. Without it the network starts from random weights. `vae` is the
@@ -269,7 +270,7 @@ class TrainConfig:
     traced for the profiler into the workdir's `profile`, after the first ten steps of a start.
     """
 
-    stage: Literal["flow_matching", "vae", "refl", "dmd2"]
+    stage: str
     model: ModelConfig
     data: DataConfig
     steps: int
@@ -295,6 +296,7 @@ class TrainConfig:
     grid_steps: int = 20
 
     def __post_init__(self):
+        stage = table.find(self.stage)
         check_bounds(self, "config.", COUNTS, least=1)
         check_bounds(self, "config.", ("profile_steps",), least=0)
         check_bounds(self, "config.", ("seed",), least=0, most=2**32 - 1)
@@ -304,7 +306,7 @@ class TrainConfig:
                 f"config.data.batch_size {self.data.batch_size} is not a multiple of config.accumulate "
                 f"{self.accumulate}"
             )
-        if self.accumulate > 1 and self.stage not in ACCUMULATING:
+        if self.accumulate > 1 and not stage.accumulates:
             raise UserError(
                 f"config.accumulate is {self.accumulate}, but the loss of stage {self.stage} is not a mean over items; "
                 "it must be 1"
@@ -313,7 +315,7 @@ class TrainConfig:
             raise UserError(
                 "config.dmd.region_weight is True, but config.flow.region_weight False; set both, or neither"
             )
-        if self.data.encode == "on_device" and self.stage not in ("flow_matching", "vae"):
+        if self.data.encode == "on_device" and not stage.encodes:
             raise UserError(
                 f"config.data.encode is 'on_device'; stage {self.stage} needs 'precomputed' (python -m "
                 "dreamlite_jax.precompute)"
@@ -350,6 +352,9 @@ def load_config(location: str, overrides: Sequence[str] = (), cls: type[ConfigT]
       UserError: no such file, a file without `get_config`, a wrong argument, an unknown field or a bad value.
     """
     mapping = read_config_file(location)
+    if cls is TrainConfig:
+        named = [override.partition("=")[2] for override in overrides if override.startswith("stage=")]
+        cls = table.config_class([mapping.get("stage"), *named][-1], cls)
     for override in overrides:
         _override(mapping, override, cls)
     return from_dict(cls, mapping, "config")

@@ -1,6 +1,5 @@
 """A number of a state's bits that does not depend on how the state is spread over devices."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def fingerprint(state: Any) -> dict[str, int]:
-    """A number below 2^32 of every field of a state (a dataclass or a dict), over all bits of all its arrays.
+def fingerprint(parts: dict[str, Any]) -> dict[str, int]:
+    """A number below 2^32 of every part of a state, over all bits of all its arrays.
 
     Sums modulo 2^32 of words times odd numbers that depend on their place: exact in any order of summation, so equal
     on every mesh, and different for any single changed word; other changes go unseen once in 2^32 times or so.
     """
-    if not isinstance(state, dict):
-        state = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {name: _of_tree(tree) for name, tree in state.items()}
+    return {name: _of_tree(tree) for name, tree in parts.items()}
 
 
 def _of_tree(tree: Any) -> int:

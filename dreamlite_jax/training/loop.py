@@ -1,13 +1,12 @@
-"""The one training loop. A stage gives it a state, a step, data, grids and an export; the loop does the rest."""
+"""The one training loop: a stage gives it a state and a step, a feed batches, a gallery grids and the export."""
 
 import collections
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import grain
 import jax
 import numpy as np
 from PIL import Image
@@ -19,53 +18,16 @@ from dreamlite_jax.training.checkpoint import Checkpoints, check_resume
 from dreamlite_jax.training.clock import Clock, duration
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.errors import Preempted
+from dreamlite_jax.training.feed import Feed
+from dreamlite_jax.training.gallery import Gallery
 from dreamlite_jax.training.metrics import Metrics
+from dreamlite_jax.training.stage import Stage
 from dreamlite_jax.training.steps import Profile, Steps
 
 RUN_AHEAD = 3  # steps given to the device beyond the one that it has finished: their batches wait in its memory
 
 
-@runtime_checkable
-class Stage(Protocol):
-    """What a kind of training is to the loop.
-
-    With a method `flops(batch)`, of a step, the loop reports MFU too. With `limits`, the least and the most of some
-    metrics by name, it stops when one is outside. With `empty_batch((width, height))`, a batch of no rows for pictures
-    of this size, its step can be compiled where there are no data (`training.abstract`).
-    """
-
-    def init_state(self, key: jax.Array) -> Any:
-        """State to start from: a `flax.struct` dataclass with at least `params`, `ema` and `step` (steps taken, int32).
-
-        Its other fields are the stage's own: optimiser states, further networks. The loop places every array by
-        `sharding.state_sharding`, saves the whole object and restores it. It is traced for its shapes too.
-        A field `frozen` holds networks that never change; it is not saved, and a method `frozen()` gives it again.
-        Called in every process; arrays of the host, such as weights from a file, must be the same in all of them.
-        """
-
-    def step(self, state: Any, batch: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
-        """(next state, metrics) from a global batch; pure, compiled by the loop for each shape, `state` is donated.
-
-        All that is random comes from `fold_in(key(config.seed), state.step)`. Metrics are scalars; "loss" and
-        "grad_norm" are among them. Those whose names end in "loss" or "norm" may never be other than finite.
-        """
-
-    def dataset(self) -> grain.IterDataset:
-        """Endless batches of this process, as dicts of numpy arrays; its iterator can be saved and restored.
-
-        Process p of n has rows p·b/n to (p+1)·b/n of the global batch of b, which does not depend on n; so neither do
-        the numbers. All processes get batches of the same shapes at the same step. The iterator's state is the same in
-        all of them and does not depend on n either.
-        """
-
-    def grid(self, params: Any) -> np.ndarray:
-        """Labelled picture of fixed items, (H, W, 3) uint8; called in one process with whole parameters."""
-
-    def export(self, params: Any, directory: Path, provenance: dict[str, Any]) -> None:
-        """Writes what the stage is for, with the averaged parameters; called in one process."""
-
-
-def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
+def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workdir: Path) -> Path:
     """Trains to `config.steps` and exports; run again it goes on from the last checkpoint, or says that it is done.
 
     Returns:
@@ -93,25 +55,23 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
 
     with jax.set_mesh(mesh), distributed.StopRequest() as stop:
         # 1. Shapes first, so that the state is born where it belongs.
-        key = jax.random.key(config.seed)
-        shapes = jax.eval_shape(stage.init_state, key)
+        shapes = stage.state_shapes()
         placement = sharding.state_sharding(mesh, shapes)
         say(f"{config.stage}: {count(shapes.params) / 1e6:.2f} M parameters on {describe(mesh)}")
 
         # 2. Resume. In this order: state, iterator, then the metrics file is cut back to the restored step.
-        stage.log_folder = workdir  # for bad records
-        iterator, start = iter(stage.dataset()), 0
-        if restored := checkpoints.restore(kept(shapes), kept(placement)):
-            start, state = restored.step, restored.state
-            if hasattr(state, "frozen"):
-                state = state.replace(frozen=sharding.place(stage.frozen(), placement.frozen))
+        iterator, start = iter(feed.dataset(stage.fields, workdir)), 0
+        if restored := checkpoints.restore(shapes, placement):
+            frozen = sharding.place(stage.load_frozen(), placement.frozen)
+            checkpoints.check_frozen(restored, frozen)
+            start, state = restored.step, restored.state.replace(frozen=frozen)
             iterator.set_state(restored.position)
             clock.restore(restored.meta["clock"])
             say(f"resumed from step {start}")
         else:
-            state = sharding.place(stage.init_state(key), placement)
-        del restored  # the state is donated; nothing else may hold it
-        metrics = Metrics(workdir, start, write=distributed.primary(), limits=getattr(stage, "limits", None))
+            state = sharding.place(stage.init_state(), placement)
+        frozen = restored = None  # the state is donated; nothing else may hold it
+        metrics = Metrics(workdir, start, write=distributed.primary(), limits=stage.limits)
 
         # 3. The step is compiled when a batch of a new shape comes; the first is taken now, so that its time is known.
         steps = Steps(stage, placement, mesh, clock)
@@ -153,7 +113,7 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
                     if distributed.primary():
                         clock.progress(step, config.steps, config.data.batch_size, means)
             if saving:
-                checkpoints.save(step, kept(state), position, {"config": config_record, "clock": clock.state()})
+                checkpoints.save(step, state, position, {"config": config_record, "clock": clock.state()})
                 if logging:
                     clock.paused()
             if stopping and not last:
@@ -162,7 +122,7 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
                 metrics.close()
                 raise Preempted(step)
             if last or step % config.grid_every == 0:
-                save_grid(stage, state, workdir, step, metrics)
+                save_grid(gallery, state, workdir, step, metrics)
                 if logging:
                     clock.paused()
 
@@ -177,7 +137,7 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
         averaged = sharding.gather(state.ema, mesh)
         if distributed.primary():
             with jax.set_mesh(sharding.local_mesh()):
-                stage.export(jax.device_get(averaged), export, provenance)
+                gallery.export(jax.device_get(averaged), export, provenance)
         distributed.wait_for_all("export")
         checkpoints.close()
         metrics.close()
@@ -187,11 +147,6 @@ def train(config: TrainConfig, stage: Stage, workdir: Path) -> Path:
         f"paused {duration(seconds['pause'])}; model in {export}"
     )
     return export
-
-
-def kept(state: Any) -> Any:
-    """What a checkpoint holds of a state, or of its shapes: all but networks that never change."""
-    return state.replace(frozen=None) if hasattr(state, "frozen") else state
 
 
 def check_batch(config: TrainConfig, devices: int) -> None:
@@ -205,12 +160,12 @@ def check_batch(config: TrainConfig, devices: int) -> None:
         )
 
 
-def save_grid(stage: Stage, state: Any, workdir: Path, step: int, metrics: Metrics) -> None:
+def save_grid(gallery: Gallery, state: Any, workdir: Path, step: int, metrics: Metrics) -> None:
     """`workdir/grids/step_N.png`, and TensorBoard: drawn by one process, with parameters gathered from all of them."""
     averaged = sharding.gather(state.ema, jax.sharding.get_mesh())
     if distributed.primary():
         with jax.set_mesh(sharding.local_mesh()):
-            picture = stage.grid(averaged)
+            picture = gallery.grid(averaged)
         directory = workdir / "grids"
         directory.mkdir(parents=True, exist_ok=True)
         target = directory / f"step_{step:06d}.png"
@@ -238,13 +193,13 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def check(config: TrainConfig, stage: Stage) -> list[str]:
+def check(config: TrainConfig, stage: Stage, feed: Feed) -> list[str]:
     """Builds everything but runs no step: parameters by shape, one real batch, the step's shapes. Says what it saw.
 
     The devices need not be those of the run: a pod's config can be checked on a laptop.
     """
-    state = jax.eval_shape(stage.init_state, jax.random.key(config.seed))
-    batch = next(iter(stage.dataset()))
+    state = stage.state_shapes()
+    batch = next(iter(feed.dataset(stage.fields)))
     _, values = jax.eval_shape(stage.step, state, batch)
     shapes = ", ".join(f"{name} {tuple(np.shape(value))}" for name, value in batch.items())
     return [

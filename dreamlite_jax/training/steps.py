@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from dreamlite_jax.training import distributed, sharding
 from dreamlite_jax.training.clock import Clock
+from dreamlite_jax.training.stage import Stage
 
 Batch = dict[str, jax.Array]
 Signature = tuple[tuple[str, tuple[int, ...], str], ...]
@@ -18,7 +19,7 @@ SETTLED = 10  # steps of a start before a profile begins
 class Steps:
     """(state, batch) -> (state, metrics), the state donated."""
 
-    def __init__(self, stage: Any, placement: Any, mesh: Mesh, clock: Clock):
+    def __init__(self, stage: Stage, placement: Any, mesh: Mesh, clock: Clock):
         self._stage, self._clock = stage, clock
         self._batch = sharding.batch_sharding(mesh)
         out = (placement, sharding.replicated(mesh))
@@ -46,7 +47,7 @@ class Steps:
         """Of one step on a batch of this shape; 0 if the stage does not count them."""
         shape = signature(batch)
         if shape not in self._flops:
-            self._flops[shape] = self._stage.flops(batch) if hasattr(self._stage, "flops") else 0.0
+            self._flops[shape] = self._stage.flops(batch)
         return self._flops[shape]
 
 

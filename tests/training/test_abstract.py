@@ -15,13 +15,11 @@ from dreamlite_jax.config import from_dict
 from dreamlite_jax.models.qwen_vl.load import read_config
 from dreamlite_jax.rewards.backbones import BACKBONES
 from dreamlite_jax.rewards.judges import HPSV3, JudgeTokenizer
-from dreamlite_jax.train import build_stage
-from dreamlite_jax.training.abstract import abstract_batch, abstract_stage
+from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import TrainConfig, load_config
 
 REPOSITORY = Path(__file__).parents[2]
 DMD = {"fake_updates": 2, "gan_generator_weight": 5e-3, "gan_fake_weight": 1e-2}
-KEY = jax.random.key(0)
 
 
 def rewards(root: Path, prompt_tokens: int) -> list[dict[str, Any]]:
@@ -63,7 +61,7 @@ def described(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def program(stage: Any, batch: Any) -> str:
     """The step, equation by equation."""
-    text = str(jax.make_jaxpr(stage.step)(jax.eval_shape(stage.init_state, KEY), batch))
+    text = str(jax.make_jaxpr(stage.step)(stage.state_shapes(), batch))
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
@@ -71,17 +69,18 @@ def program(stage: Any, batch: Any) -> str:
     "stage", ["flow_matching", *(pytest.param(s, marks=pytest.mark.slow) for s in ("refl", "dmd2"))]
 )
 def test_without_files_all_is_as_with_them(root, small_judge, stage):
-    real, bare = build_stage(config(root, stage)), abstract_stage(config(Path("nowhere"), stage))
-    batch = abstract_batch(bare)
-    assert described(batch) == described(next(iter(real.dataset())))
-    state = described(jax.eval_shape(bare.init_state, KEY))
-    assert state == described(jax.eval_shape(real.init_state, KEY))
-    same = program(bare, batch) == program(real, batch)  # on its own: nobody wants to see the difference
+    real, bare = build(config(root, stage)), build(config(Path("nowhere"), stage), shapes_only=True)
+    batch = bare.feed.batch(bare.stage.fields)
+    assert described(batch) == described(next(iter(real.feed.dataset(real.stage.fields))))
+    state = described(bare.stage.state_shapes())
+    assert state == described(real.stage.state_shapes()) == described(real.stage.init_state())
+    same = program(bare.stage, batch) == program(real.stage, batch)  # on its own: nobody wants to see the difference
     assert same
-    other = abstract_stage(config(Path("nowhere"), stage, prompt_tokens=25, remat=True))
-    assert program(other, abstract_batch(other)) != program(real, batch)
+    other = build(config(Path("nowhere"), stage, prompt_tokens=25, remat=True), shapes_only=True)
+    others = other.feed.batch(other.stage.fields)
+    assert program(other.stage, others) != program(real.stage, batch)
     if stage == "refl":
-        assert described(abstract_batch(other)) != described(batch)
+        assert described(others) != described(batch)
         judge = {name: what for name, what in state.items() if name.startswith(".frozen['rewards']['hpsv3']")}
         assert ((1, 64, 96), "bfloat16") not in judge.values() and ((2, 64, 96), "bfloat16") in judge.values()
         assert {name for name in described(batch) if "tokens/hpsv3" in name} == {
@@ -91,8 +90,8 @@ def test_without_files_all_is_as_with_them(root, small_judge, stage):
 
 def test_the_judges_of_the_full_size_are_part_of_the_state():
     """As many numbers as in the released base models, less the rows that their tables were cut by, and the heads."""
-    stage = abstract_stage(load_config(f"{REPOSITORY}/configs/dreamlite_post.py:refl"))
-    found = jax.eval_shape(stage.frozen)["rewards"]
+    stage, feed, _ = build(load_config(f"{REPOSITORY}/configs/dreamlite_post.py:refl"), shapes_only=True)
+    found = stage.state_shapes().frozen["rewards"]
     counts = {name: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree)) for name, tree in found.items()}
     head = 3584 * 1024 + 1024 + 1024 * 16 + 16 + 16 * 2 + 2
     assert counts == {
@@ -101,7 +100,7 @@ def test_the_judges_of_the_full_size_are_part_of_the_state():
     }
     large = [x for x in jax.tree.leaves(found) if x.size > 2**20]
     assert {str(x.dtype) for x in large} == {"bfloat16", "float32"}  # heads are float32
-    batch = abstract_batch(stage)
+    batch = feed.batch(stage.fields)
     assert batch["tokens/hpsv3/ids"].shape == (128, 1, 256 + 2 + 528 + 256)
     assert batch["tokens/editreward/positions"].shape == (128, 2, 3, 2 * (256 + 2) + 424 + 256)
     assert batch["target"].shape == (128, 64, 64, 4)

@@ -11,22 +11,21 @@ import toys
 
 from dreamlite_jax.diffusion import flow
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import load_config
 from dreamlite_jax.training.stages import dmd2
+from dreamlite_jax.training.start import Given
 
 UNGUIDED = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
 TEACHER = toys.gaussian_params([1.0, -0.5], [[0.8, 0.0], [0.5, 0.4]])
 
 
-class Toy(dmd2.DMD2Stage):
+def toy(velocity, steps: int = 4, student=None, **changes) -> dmd2.DMD2Stage:
     """The stage with a network of ours and no files."""
-
-    def __init__(self, velocity, steps: int = 4, **changes):
-        config = toys.config("dmd2", **changes)
-        self.config = dataclasses.replace(config, model=dataclasses.replace(config.model, steps=steps))
-        self.model = toys.Network(velocity)
-        self.null_states = np.zeros((1, toys.TEXT), np.float32)
-        self.setup()
+    config = toys.config("dmd2", **changes)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, steps=steps))
+    student, teacher = Given(student), Given(TEACHER)
+    return dmd2.DMD2Stage(config, toys.denoiser(config, velocity), student, toys.Dimmer(), teacher)
 
 
 def log_density(x, params, sigma):
@@ -63,7 +62,7 @@ def test_the_gradient_is_the_difference_of_scores():
 @pytest.mark.parametrize("region_weight", [True, False])
 def test_the_loss_has_that_gradient_and_a_fake_equal_to_the_teacher_has_none(region_weight):
     """What an edit changes weighs more, here one item in two three times as much; the weights' mean is 1."""
-    stage = Toy(toys.gaussian, steps=1, dmd={**UNGUIDED, "region_weight": region_weight})
+    stage = toy(toys.gaussian, steps=1, dmd={**UNGUIDED, "region_weight": region_weight})
     batch = toys.batch(8, (1, 1, 2))
     batch["weight"][::2] = 3.0
     weight = np.where(np.arange(8) % 2, 0.5, 1.5)[:, None] if region_weight else np.ones((8, 1))
@@ -84,7 +83,7 @@ def test_the_loss_has_that_gradient_and_a_fake_equal_to_the_teacher_has_none(reg
 
 
 def test_the_fake_score_too_weighs_what_an_edit_changes():
-    stage = Toy(toys.gaussian, steps=1, dmd={**UNGUIDED, "region_weight": True})
+    stage = toy(toys.gaussian, steps=1, dmd={**UNGUIDED, "region_weight": True})
     batch, made = toys.batch(8, (1, 1, 2)), toys.batch(8, (1, 1, 2), seed=1)["target"]
     found = []
     for heavier in (1.0, 3.0):
@@ -100,12 +99,11 @@ def test_the_fake_score_too_weighs_what_an_edit_changes():
 
 def test_the_student_moves_onto_its_teacher():
     optim = {"learning_rate": 2e-2, "warmup_steps": 0, "ema_decay": 0.98, "weight_decay": 0.0}
-    stage = Toy(
-        toys.gaussian, steps=1, optim=optim, dmd={**UNGUIDED, "fake_updates": 3, "fake": {**optim, "b2": 0.9}}
-    )  # fmt: skip
-    batch = toys.batch(128, (1, 1, 2))
     student = toys.gaussian_params([-0.5, 0.5], [[1.0, 0.0], [0.0, 1.0]], turn=0.3)
-    state = stage.start(student, TEACHER, jax.random.key(0))
+    fake = {**optim, "b2": 0.9}
+    stage = toy(toys.gaussian, steps=1, student=student, optim=optim, dmd={**UNGUIDED, "fake_updates": 3, "fake": fake})
+    batch = toys.batch(128, (1, 1, 2))
+    state = stage.init_state()
 
     @jax.jit
     def run(state):
@@ -117,24 +115,26 @@ def test_the_student_moves_onto_its_teacher():
     np.testing.assert_allclose(state.ema["mean"], TEACHER["mean"], atol=0.1)
     np.testing.assert_allclose(turn @ turn.T, cov, atol=0.15)
     assert np.abs(0.3**2 * np.eye(2) - cov).max() > 0.4  # which the start did not fulfil
-    np.testing.assert_allclose(state.fake["unet"]["mean"], state.params["mean"], atol=0.2)  # the fake score follows
-    assert all(np.array_equal(state.teacher[name], TEACHER[name]) for name in TEACHER)
+    fake = state.extra["fake"]["unet"]  # which follows
+    np.testing.assert_allclose(fake["mean"], state.params["mean"], atol=0.2)
+    assert all(np.array_equal(state.frozen["teacher"][name], TEACHER[name]) for name in TEACHER)
     assert int(state.step) == 400 and np.isfinite(values["loss"]).all()
 
 
 def test_the_fake_score_follows_alike_in_a_loop_and_written_out(monkeypatch):
     """What accelerators run, a loop, beside what CPUs run."""
     fake = {"learning_rate": 1e-2, "warmup_steps": 0}
-    stage = Toy(toys.gaussian, steps=2, dmd={**UNGUIDED, "fake_updates": 3, "fake": fake})
-    batch = toys.batch(8, (1, 1, 2))
     student = toys.gaussian_params([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], turn=0.5)
-    state = stage.start(student, TEACHER, jax.random.key(0))
+    stage = toy(toys.gaussian, steps=2, student=student, dmd={**UNGUIDED, "fake_updates": 3, "fake": fake})
+    batch = toys.batch(8, (1, 1, 2))
+    state = stage.init_state()
     written_out, _ = jax.jit(lambda state: stage.step(state, batch))(state)
     monkeypatch.setattr(dmd2.blocks, "platform", lambda: "tpu")
     looped, values = jax.jit(lambda state: stage.step(state, batch))(state)
     assert str(jax.make_jaxpr(lambda state: stage.step(state, batch))(state)).count("scan[") >= 2
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), looped.fake, written_out.fake)
-    assert np.abs(looped.fake["unet"]["mean"] - TEACHER["mean"]).max() > 1e-2 and values["fake_loss"].shape == ()
+    one, other = looped.extra["fake"], written_out.extra["fake"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, other)
+    assert np.abs(one["unet"]["mean"] - TEACHER["mean"]).max() > 1e-2 and values["fake_loss"].shape == ()
 
 
 def plain(params, x, sigma, source, words):
@@ -149,7 +149,7 @@ def test_the_student_is_sampled_at_the_mobile_sampler_s_sigmas():
         jax.debug.callback(lambda s: seen.append(float(s)), sigma[0, 0, 0, 0])
         return plain(params, x, sigma, source, words)
 
-    stage = Toy(spying)
+    stage = toy(spying)
     batch = toys.batch(2, (4, 4, 2))
     made = jax.jit(lambda key: stage.generate({"a": jnp.float32(0.7)}, batch, key))
     stops = set()
@@ -165,7 +165,7 @@ def test_the_student_is_sampled_at_the_mobile_sampler_s_sigmas():
 
 def test_the_teacher_is_guided_once_to_generate_and_twice_to_edit():
     """In one batch of both, against the formulas of the sampler, branch by branch."""
-    stage = Toy(plain, dmd={"guidance_scale": 3.0, "image_guidance_scale": 1.5})
+    stage = toy(plain, dmd={"guidance_scale": 3.0, "image_guidance_scale": 1.5})
     batch, params = toys.batch(2, (4, 4, 2)), {"a": jnp.float32(0.7)}
     sigma = jnp.asarray([0.3, 0.8])
     noisy = batch["target"]
@@ -202,4 +202,4 @@ def test_what_cannot_be_distilled_is_refused(tmp_path, overrides, says):
     mapping["model"] = {**mapping["model"], **UNGUIDED}
     file = str(tiny.write_config(tmp_path / "config.py", mapping))
     with pytest.raises(UserError, match=says):
-        dmd2.DMD2Stage(load_config(file, overrides)).init_state(jax.random.key(0))
+        build(load_config(file, overrides)).stage.init_state()

@@ -18,8 +18,8 @@ import tiny
 from dreamlite_jax.data import latents
 from dreamlite_jax.data.sprites import __main__ as sprites
 from dreamlite_jax.model_folder import load_params
+from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import load_config
-from dreamlite_jax.training.stages.flow_matching import FlowMatchingStage
 
 REPOSITORY = Path(__file__).parents[2]
 RECORDS = {"train": 1500, "validation": 64}
@@ -73,18 +73,18 @@ def config(root):
 
 
 @pytest.fixture(scope="module")
-def stage(config):
-    return FlowMatchingStage(load_config(*config))
+def run(config):
+    return build(load_config(*config))
 
 
 @pytest.fixture(scope="module")
-def models(root, config, stage):
+def models(root, config, run):
     """Model folders: trained, and as it was before the first step."""
     location, overrides = config
     overrides = [f"--config.{override}" for override in overrides]
     command(root, "train", "--config", location, "--workdir", str(root / "joint"), *overrides)
-    untrained = jax.device_get(stage.init_params(jax.random.key(stage.config.seed)))
-    stage.export(untrained, root / "untrained", {"made": "at random"})
+    untrained = jax.device_get(run.stage.init_state().params)
+    run.gallery.export(untrained, root / "untrained", {"made": "at random"})
     return {"trained": root / "joint" / "model", "untrained": root / "untrained"}
 
 
@@ -100,7 +100,8 @@ def scores(root, models):
     return found
 
 
-def test_velocity_loss_falls_on_scenes_never_trained_on(root, stage, models):
+def test_velocity_loss_falls_on_scenes_never_trained_on(root, run, models):
+    stage = run.stage
     loss = jax.jit(stage.loss)
     for task in ("t2i", "edit"):
         records = latents.open_examples(root / "latents" / f"{task}_validation")

@@ -15,9 +15,9 @@ from dreamlite_jax import model_folder, train
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training import checkpoint, loop, sharding, state
+from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import load_config
 from dreamlite_jax.training.errors import NonFiniteError
-from dreamlite_jax.training.stages.flow_matching import FlowMatchingStage
 
 STEPS, DEVICES = 12, 2  # of `whole`; a checkpoint every 4 steps
 KILLED = (-signal.SIGKILL,)
@@ -85,7 +85,7 @@ def test_a_finished_run_does_nothing(whole, config, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     assert train.main(["--config", config, "--workdir", str(whole)]) == 0
     assert "this run is complete" in capsys.readouterr().err
-    stage = FlowMatchingStage(load_config(config))
+    run = build(load_config(config))
     for override, says in (
         ("steps=900", r"config.steps is 900, but the run in .* is complete after 12; use another --workdir"),
         ("steps=8", r"config.steps is 8, but .* has trained 12 steps"),
@@ -93,7 +93,7 @@ def test_a_finished_run_does_nothing(whole, config, capsys):
         ("model.unet.ff_mult=2", r"another architecture: model.unet.ff_mult is 3 there and 2 here"),
     ):
         with pytest.raises(UserError, match=says):
-            loop.train(load_config(config, [override]), stage, whole)
+            loop.train(load_config(config, [override]), *run, whole)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -126,10 +126,14 @@ def test_what_is_not_finite_stops_the_run_and_spares_the_checkpoint(whole, root,
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(good.params)) and int(good.step) == 12
 
 
+def first_batch(run):
+    return next(iter(run.feed.dataset(run.stage.fields)))
+
+
 def state_of(workdir: Path, config: str) -> state.TrainState:
     """The last checkpoint's state."""
     settings = load_config(config)
-    shapes = jax.eval_shape(FlowMatchingStage(settings).init_state, jax.random.key(0))
+    shapes = build(settings).stage.state_shapes()
     placement = sharding.state_sharding(sharding.make_mesh(settings.mesh), shapes)
     checkpoints = checkpoint.Checkpoints(workdir, keep=2)
     restored = checkpoints.restore(shapes, placement)
@@ -140,12 +144,11 @@ def state_of(workdir: Path, config: str) -> state.TrainState:
 def test_a_stage_starts_from_the_one_before(whole, config):
     exported = model_folder.load_params(whole / "model", "unet")
     for location in (whole, whole / "model"):  # a workdir or its model
-        stage = FlowMatchingStage(load_config(config, [f"init_from={location}"]))
-        started = stage.init_params(jax.random.key(0))
+        started = build(load_config(config, [f"init_from={location}"])).stage.init_state().params
         assert jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(started), exported))
-    other = FlowMatchingStage(load_config(config, [f"init_from={whole}", "model.unet.ff_mult=2"]))
+    other = build(load_config(config, [f"init_from={whole}", "model.unet.ff_mult=2"]))
     with pytest.raises(UserError, match="U-Net of another architecture"):
-        other.init_params(jax.random.key(0))
+        other.stage.init_state()
 
 
 def test_check_says_what_would_run_and_leaves_nothing(root, config, capsys):
@@ -157,35 +160,35 @@ def test_check_says_what_would_run_and_leaves_nothing(root, config, capsys):
 
 
 def test_the_stage_refuses_data_that_do_not_belong_together(root, config):
-    def build(*overrides):
-        return FlowMatchingStage(load_config(config, overrides))
+    def built(*overrides):
+        return build(load_config(config, overrides))
 
     with pytest.raises(UserError, match=r"no complete set of latents"):
-        build("data.sources.0.path=nowhere")
+        built("data.sources.0.path=nowhere")
     with pytest.raises(UserError, match=r"nowhere.safetensors does not exist"):
-        build("vae=nowhere.safetensors")
+        built("vae=nowhere.safetensors")
     with pytest.raises(UserError, match=r"config.model.vae is "):
-        build("model.vae.width=8")
+        built("model.vae.width=8")
     with pytest.raises(UserError, match=r"text_dim is 32, but the data have text states of width 384"):
-        build("model.unet.text_dim=32")
+        built("model.unet.text_dim=32")
     other = tiny.write_vae(root / "other.safetensors")
     for shards in ("t2i", "edit"):
         info = root / shards / "info.json"
         before = info.read_text()
         info.write_text(json.dumps(json.loads(before) | {"vae": to_dict(tiny.CONFIG.vae) | {"width": 8}}))
         with pytest.raises(UserError, match=f"{shards} holds latents of another autoencoder"):
-            build(f"vae={other}")
+            built(f"vae={other}")
         info.write_text(before)
 
 
 def test_conditions_are_dropped_as_often_as_asked(config):
     """With every text and image dropped, prompts and sources do not matter; with none dropped they do."""
     settings = load_config(config)
-    batch = next(iter(FlowMatchingStage(settings).dataset()))
+    batch = first_batch(build(settings))
     changed = {**batch, "text": batch["text"] + 1.0, "source": batch["source"] + batch["editing"][:, None, None, None]}
     params = tiny.unet_params()
     for drop, equal in ((1.0, True), (0.0, False)):
-        stage = FlowMatchingStage(load_config(config, [f"flow.text_drop={drop}", f"flow.image_drop={drop}"]))
+        stage = build(load_config(config, [f"flow.text_drop={drop}", f"flow.image_drop={drop}"])).stage
         loss = jax.jit(stage.loss)
         a, b = (float(loss(params, x, jax.random.key(0))[0]) for x in (batch, changed))
         assert (a == b) == equal
@@ -193,8 +196,8 @@ def test_conditions_are_dropped_as_often_as_asked(config):
 
 def test_the_loss_is_the_weighted_error_of_the_target_panel(config):
     """Against its formula, with a U-Net whose last layer is zero: the prediction is 0, so the error is the target's."""
-    stage = FlowMatchingStage(load_config(config))
-    batch = next(iter(stage.dataset()))
+    run = build(load_config(config))
+    stage, batch = run.stage, first_batch(run)
     params = tiny.unet_params()
     params["conv_out"] = jax.tree.map(np.zeros_like, jax.device_get(params["conv_out"]))
     key = jax.random.key(5)
@@ -210,14 +213,14 @@ def test_the_loss_is_the_weighted_error_of_the_target_panel(config):
 
 
 def test_grids_show_results_beside_the_truth(config, caplog):
-    stage = FlowMatchingStage(load_config(config))
-    picture = stage.grid(jax.device_get(tiny.unet_params()))
+    run = build(load_config(config))
+    picture = run.gallery.grid(jax.device_get(tiny.unet_params()))
     assert picture.dtype == np.uint8 and picture.shape[1] == 52 + 2 * 132  # two items and the rows' names
     params = jax.device_get(tiny.unet_params(seed=1))
     with jax.log_compiles():
-        other = stage.grid(params)
+        other = run.gallery.grid(params)
     assert not np.array_equal(picture, other) and "Compiling" not in caplog.text  # the first has compiled it all
     with jax.log_compiles():
-        FlowMatchingStage(load_config(config)).grid(params)
+        build(load_config(config)).gallery.grid(params)
     assert "Compiling" in caplog.text
-    assert loop.check(load_config(config), stage)  # and building shapes afterwards still works
+    assert loop.check(load_config(config), run.stage, run.feed)  # and building shapes afterwards still works

@@ -14,8 +14,8 @@ from runs import Mishap, finish, full_disk_at_step_7, rows, saved_steps, start, 
 from dreamlite_jax import exit_codes, train
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training import checkpoint, fingerprint, sharding
+from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import load_config
-from dreamlite_jax.training.stages.flow_matching import FlowMatchingStage
 
 STRUCK = (-signal.SIGKILL, exit_codes.PREEMPTED, 0)
 
@@ -105,7 +105,7 @@ def empty_it(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shapes(run_config):
-    return jax.eval_shape(FlowMatchingStage(load_config(run_config)).init_state, jax.random.key(0))
+    return build(load_config(run_config)).stage.state_shapes()
 
 
 def restore(workdir: Path, shapes):
@@ -209,16 +209,16 @@ def test_another_stage_or_another_optimiser_is_not_mistaken_for_damage(run_root,
 def test_a_stage_starts_from_a_run_that_has_not_exported_yet(run_root, run_config, whole, shapes):
     workdir = run_root / "unexported"
     shutil.copytree(whole / "checkpoints", workdir / "checkpoints")
-    stage = FlowMatchingStage(load_config(run_config, [f"init_from={workdir}"]))
-    started, saved = stage.init_params(jax.random.key(0)), restore(workdir, shapes).state
+    stage = build(load_config(run_config, [f"init_from={workdir}"])).stage
+    started, saved = stage.init_state().params, restore(workdir, shapes).state
     assert jax.tree.all(jax.tree.map(np.array_equal, started, jax.device_get(saved.ema)))
     assert not jax.tree.all(jax.tree.map(np.array_equal, started, jax.device_get(saved.params)))
-    other = FlowMatchingStage(load_config(run_config, [f"init_from={workdir}", "model.unet.ff_mult=2"]))
+    other = build(load_config(run_config, [f"init_from={workdir}", "model.unet.ff_mult=2"])).stage
     with pytest.raises(UserError, match="U-Net of another architecture"):
-        other.init_params(jax.random.key(0))
+        other.init_state()
     flip_a_bit(workdir / "checkpoints" / "12")
     with pytest.raises(UserError, match=r"the checkpoint of step 12 in .* cannot be used"):
-        stage.init_params(jax.random.key(0))
+        stage.init_state()
 
 
 def test_a_fingerprint_sees_every_bit_and_no_mesh():

@@ -14,9 +14,8 @@ from dreamlite_jax import precompute, train
 from dreamlite_jax.config import from_dict
 from dreamlite_jax.data import latents
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import TrainConfig
-from dreamlite_jax.training.stages.flow_matching import FlowMatchingStage
-from dreamlite_jax.training.stages.vae import VAEStage
 
 BUCKETS = {"size": 16, "multiple": 16}
 
@@ -48,8 +47,8 @@ def mapping(root, **data):
     return changed | {"data": defaults | data}
 
 
-def stage(root, **data):
-    return FlowMatchingStage(from_dict(TrainConfig, mapping(root, **data), "config"))
+def run(root, **data):
+    return build(from_dict(TrainConfig, mapping(root, **data), "config"))
 
 
 def test_the_device_encodes_what_precompute_writes_and_the_loss_is_the_same(root):
@@ -57,14 +56,14 @@ def test_the_device_encodes_what_precompute_writes_and_the_loss_is_the_same(root
     settings |= {"vae": root / "vae.safetensors", "buckets.multiple": 16, "batch_size": 8}
     overrides = [f"--config.{key}={value}" for key, value in settings.items()]
     precompute.main(["--config", "configs/precompute.py", "--output", str(root / "latents"), *overrides])
-    before = stage(root, encode="precomputed", sources=[{"path": str(root / "latents")}])
+    before = run(root, encode="precomputed", sources=[{"path": str(root / "latents")}])
     rows = {}
     for example in map(latents.unpack, latents.open_examples(root / "latents")):
         rows[example.text] = latents.collate(example, 40)
 
-    here = stage(root)
-    raw = next(iter(here.dataset()))
-    found = jax.device_get(jax.jit(here.encoded)(raw))
+    here = run(root)
+    raw = next(iter(here.feed.dataset(here.stage.fields)))
+    found = jax.device_get(jax.jit(here.stage.codec.encoded)(raw))
     sums = {text: row["text"].sum() for text, row in rows.items()}
     texts = [min(sums, key=lambda text: abs(sums[text] - states.sum())) for states in found["text"]]
     assert sorted(texts) == sorted(f"number {i}" for i in range(8))
@@ -75,9 +74,9 @@ def test_the_device_encodes_what_precompute_writes_and_the_loss_is_the_same(root
     assert found["editing"].sum() == 4 and not found["source"][found["editing"] == 0].any()
 
     params, key = tiny.unet_params(), jax.random.key(1)
-    loss = jax.jit(here.loss)
+    loss = jax.jit(here.stage.loss)
     np.testing.assert_allclose(loss(params, found, key)[0], loss(params, expected, key)[0], rtol=2e-3)
-    np.testing.assert_allclose(here.null_states, before.null_states, rtol=1e-5)
+    np.testing.assert_allclose(here.feed.null_prompt.states, before.feed.null_prompt.states, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -102,9 +101,9 @@ def test_a_run_trains_from_pictures_names_the_bad_ones(root, tmp_path):
 
 def test_sources_that_do_not_suit_are_refused(root):
     with pytest.raises(UserError, match=r"is of kind folder; config.data.encode=on_device reads raw pictures"):
-        stage(root, encode="precomputed")
+        run(root, encode="precomputed")
     with pytest.raises(UserError, match="has kind latents; raw pictures come from"):
-        stage(root, sources=[{"path": str(root / "raw")}]).dataset()
+        run(root, sources=[{"path": str(root / "raw")}])
     with pytest.raises(UserError, match=r"config.data.encode is 'on_device'; stage refl needs 'precomputed'"):
         from_dict(TrainConfig, mapping(root) | {"stage": "refl"}, "config")
 
@@ -113,11 +112,11 @@ def test_sizes_that_the_network_cannot_take_are_refused_before_anything_runs(roo
     """A side of a latent pixel is 4 px; four levels need latents whose sides are multiples of 8."""
     odd = {"size": 16, "multiple": 2, "max_ratio": 2.0}
     with pytest.raises(UserError, match=r"config.data.buckets gives pictures of 22x12; the U-Net needs multiples of 4"):
-        stage(root, buckets=odd)
+        run(root, buckets=odd)
     for buckets, refused in ((odd, True), (BUCKETS, False)):
         config = from_dict(TrainConfig, mapping(root, buckets=buckets) | {"stage": "vae"}, "config")
         with pytest.raises(UserError, match="the autoencoder needs") if refused else contextlib.nullcontext():
-            VAEStage(config)
+            build(config)
 
     tiny.write_latents(root / "squares", "generate", 4)
     data = {"encode": "precomputed", "sources": [{"path": str(root / "squares")}]}
@@ -126,23 +125,23 @@ def test_sizes_that_the_network_cannot_take_are_refused_before_anything_runs(roo
     levels |= {"down_blocks": ("plain",) * 4, "up_blocks": ("plain",) * 4}
     deeper["model"] = {**deeper["model"], "unet": {**deeper["model"]["unet"], **levels}}
     with pytest.raises(UserError, match=r"squares gives pictures of 16x16; the U-Net needs multiples of 32 pixels"):
-        FlowMatchingStage(from_dict(TrainConfig, deeper, "config"))
-    stage(root, **data)
+        build(from_dict(TrainConfig, deeper, "config"))
+    run(root, **data)
     info = latents.read_info(root / "squares") | {"buckets": [[16, 16], [22, 12]]}
     (root / "squares" / "info.json").write_text(json.dumps(info))
     np.save(root / "squares" / latents.BUCKETS, np.zeros(4, np.uint16))
     with pytest.raises(UserError, match=r"squares gives pictures of 22x12; the U-Net needs multiples of 4 pixels"):
-        stage(root, **data)
+        run(root, **data)
 
 
 def test_the_autoencoder_learns_from_any_pictures(root, caplog):
     changed = mapping(root, encode="precomputed") | {"stage": "vae"}
-    stage = VAEStage(from_dict(TrainConfig, changed, "config"))
-    batch = next(iter(stage.dataset()))
+    stage, feed, gallery = build(from_dict(TrainConfig, changed, "config"))
+    batch = next(iter(feed.dataset(stage.fields)))
     assert batch["image"].shape == (8, 16, 16, 3) and -1 <= batch["image"].min() < batch["image"].max() <= 1
-    picture = stage.grid(tiny.vae_params())
+    picture = gallery.grid(tiny.vae_params())
     with jax.log_compiles():
-        assert not np.array_equal(stage.grid(tiny.vae_params(seed=1)), picture)
+        assert not np.array_equal(gallery.grid(tiny.vae_params(seed=1)), picture)
     assert "Compiling" not in caplog.text
 
 
@@ -152,9 +151,9 @@ def test_pictures_count_by_the_power_of_their_error(root):
     for power in (0.0, 2.0):
         weights = {"latent_noise": 0.0, "latent_weight": 0.0, "squared_weight": 0.0, "hard_power": power}
         changed = mapping(root, encode="precomputed") | {"stage": "vae", "autoencoder": weights}
-        stage = VAEStage(from_dict(TrainConfig, changed, "config"))
+        stage = build(from_dict(TrainConfig, changed, "config")).stage
         params, key = tiny.vae_params(), jax.random.key(0)
-        near = stage.model.apply({"params": params}, np.zeros((1, 16, 16, 3), np.float32))
+        near = stage.network.apply({"params": params}, np.zeros((1, 16, 16, 3), np.float32))
         images = np.concatenate([near, near + 5.0])
         losses[power] = float(stage.loss(params, {"image": images}, key)[0])
         alone = [float(stage.loss(params, {"image": image[None]}, key)[0]) for image in images]

@@ -1,12 +1,15 @@
 """The optimiser against formulas written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamlite_jax.training import optim, state
+from dreamlite_jax.training import optim
 from dreamlite_jax.training.config import OptimConfig
+from dreamlite_jax.training.update import Update, step_key
 
 
 @pytest.mark.parametrize(
@@ -73,14 +76,20 @@ def test_a_step_depends_on_seed_and_step_alone():
         return jnp.square(params["w"] - batch["x"].mean() - noise).sum(), {"noise": noise}
 
     config = OptimConfig(warmup_steps=1)
-    step = jax.jit(state.make_step(loss, config, 10, seed=3))
-    start = state.create({"w": jnp.ones(2)}, optim.optimizer(config, 10))
+    update = Update(config, 10)
+
+    @functools.partial(jax.jit, static_argnames="seed")
+    def step(state, batch, seed=3):
+        (value, metrics), grads = update.gradient(loss, state.params, batch, step_key(seed, state))
+        return update.apply(state, grads, {"loss": value, **metrics})
+
+    start = update.begin({"w": jnp.ones(2)})
     batch = {"x": jnp.ones(4)}
     first, one = step(start, batch)
     second, two = step(first, batch)
     assert int(second.step) == 2 and one["noise"] != two["noise"]
     expected = [float(jax.random.normal(jax.random.fold_in(jax.random.key(3), i), ())) for i in (0, 1)]
     np.testing.assert_allclose([float(one["noise"]), float(two["noise"])], expected, rtol=1e-6)
-    _, other = jax.jit(state.make_step(loss, config, 10, seed=4))(start, batch)
+    _, other = step(start, batch, seed=4)
     assert other["noise"] != one["noise"]
     np.testing.assert_allclose(float(one["grad_norm"]), np.sqrt(2) * 2 * abs(float(one["noise"])), rtol=1e-5)

@@ -11,8 +11,8 @@ from runs import Mishap, finish_pair, rows, saved_steps, slow_steps_and_a_notice
 
 from dreamlite_jax import exit_codes, model_folder
 from dreamlite_jax.training import checkpoint, sharding
+from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import MeshConfig, load_config
-from dreamlite_jax.training.stages.flow_matching import FlowMatchingStage
 
 STEPS, COMPARED = 12, 5
 FLAGS = ("--config.mesh.fsdp=4",)
@@ -47,13 +47,12 @@ def test_two_processes_write_what_one_writes(pair):
 def losses_on(config: str, overrides: list[str], devices: int) -> list[float]:
     """Losses of the first steps in this process, placed and compiled as the loop does it."""
     settings = load_config(config, overrides)
-    stage = FlowMatchingStage(settings)
+    stage, feed, _ = build(settings)
     mesh = sharding.make_mesh(settings.mesh, jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(stage.init_state, jax.random.key(0))
-        placement = sharding.state_sharding(mesh, shapes)
-        state = sharding.place(stage.init_state(jax.random.key(0)), placement)
-        iterator, batches = iter(stage.dataset()), sharding.batch_sharding(mesh)
+        placement = sharding.state_sharding(mesh, stage.state_shapes())
+        state = sharding.place(stage.init_state(), placement)
+        iterator, batches = iter(feed.dataset(stage.fields)), sharding.batch_sharding(mesh)
         batch = sharding.global_batch(next(iterator), batches)
         step = jax.jit(stage.step, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh)))
         step = step.lower(state, batch).compile({"xla_backend_optimization_level": 0})  # compiles sooner
@@ -91,7 +90,7 @@ def test_what_they_saved_is_restored_on_other_meshes_to_the_bit(pair, pair_confi
     """Saved on 2 x 4. `restore` itself compares all bits with the fingerprint taken before the save."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
     mesh = sharding.make_mesh(MeshConfig(data, fsdp), jax.devices()[: data * fsdp])
-    shapes = jax.eval_shape(FlowMatchingStage(load_config(pair_config)).init_state, jax.random.key(0))
+    shapes = build(load_config(pair_config)).stage.state_shapes()
     checkpoints = checkpoint.Checkpoints(pair, keep=2)
     restored = checkpoints.restore(shapes, sharding.state_sharding(mesh, shapes))
     checkpoints.close()

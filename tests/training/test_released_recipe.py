@@ -13,6 +13,7 @@ from dreamlite_jax.config import to_dict
 from dreamlite_jax.data import latents
 from dreamlite_jax.text.encoder import PromptRequest
 from dreamlite_jax.text.load import load_encoder
+from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import load_config
 
 PX = 64
@@ -74,9 +75,9 @@ def config(root):
 
 def test_a_dropped_prompt_of_an_edit_is_the_one_that_guidance_asks_for(root, config):
     """Beside the source, as the sampler has it; the control is the empty prompt of generation."""
-    stage = train.build_stage(load_config(config))
-    batch = next(iter(stage.dataset()))
-    null = jax.device_get(stage.null_text(batch))
+    stage, feed, _ = build(load_config(config))
+    batch = next(iter(feed.dataset(stage.fields)))
+    null = jax.device_get(stage.denoiser.null_text(batch))
     encoder = load_encoder(stage.config.model.text)
     records = [latents.unpack(record) for record in latents.open_examples(root / "latents" / "edit_1024")]
     editing = np.flatnonzero(batch["editing"])

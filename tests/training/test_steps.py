@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from dreamlite_jax.training import sharding, steps
+from dreamlite_jax.training.build import build
 from dreamlite_jax.training.clock import Clock
 from dreamlite_jax.training.config import MeshConfig, load_config
-from dreamlite_jax.training.stages.flow_matching import FlowMatchingStage
 
 
 @flax.struct.dataclass
@@ -61,11 +61,11 @@ def test_what_is_asked_for_is_traced(tmp_path):
 
 def lowered(run_config, devices: int, **changes) -> str:
     """The step's program before the partitioner sees it."""
-    stage = FlowMatchingStage(load_config(run_config, [f"{name}={value}" for name, value in changes.items()]))
+    stage, feed, _ = build(load_config(run_config, [f"{name}={value}" for name, value in changes.items()]))
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(stage.init_state, jax.random.key(0))
-        return jax.jit(stage.step).lower(state, next(iter(stage.dataset()))).as_text()
+        state = stage.state_shapes()
+        return jax.jit(stage.step).lower(state, next(iter(feed.dataset(stage.fields)))).as_text()
 
 
 def test_activations_are_pinned_where_there_is_more_than_one_device(run_config):
@@ -75,9 +75,9 @@ def test_activations_are_pinned_where_there_is_more_than_one_device(run_config):
 
 
 def test_bfloat16_works_on_float32_masters(run_config):
-    stage = FlowMatchingStage(load_config(run_config, ["dtype=bfloat16"]))
-    state = jax.eval_shape(stage.init_state, jax.random.key(0))
-    after, values = jax.eval_shape(stage.step, state, next(iter(stage.dataset())))
+    stage, feed, _ = build(load_config(run_config, ["dtype=bfloat16"]))
+    state = stage.state_shapes()
+    after, values = jax.eval_shape(stage.step, state, next(iter(feed.dataset(stage.fields))))
     kept = {leaf.dtype for leaf in jax.tree.leaves(after)}
     assert kept == {jnp.dtype("float32"), jnp.dtype("int32")} and values["loss"].dtype == jnp.float32
     assert "bf16" in lowered(run_config, 1, dtype="bfloat16") and "bf16" not in lowered(run_config, 1)

@@ -8,7 +8,9 @@ import numpy as np
 import tiny
 
 from dreamlite_jax.config import from_dict
+from dreamlite_jax.training.codec import Codec
 from dreamlite_jax.training.config import TrainConfig
+from dreamlite_jax.training.denoiser import Denoiser, NullPrompt
 from dreamlite_jax.types import Array
 
 TEXT = 4  # width and length of text states
@@ -51,6 +53,20 @@ class Network:
         words = (text * mask[:, :, None]).mean((1, 2))[:, None, None, None]
         v = self._velocity(variables["params"], x, (timestep / 1000.0)[:, None, None, None], source, words)
         return jnp.concatenate([v, jnp.zeros_like(v)], axis=2)
+
+
+class Dimmer(Codec):
+    """A decoder of one multiplication."""
+
+    def __init__(self):
+        self.config, self.params = tiny.CONFIG.vae, {}
+
+    def decode(self, params: Any, latents: Array) -> Array:
+        return 0.9 * latents
+
+
+def denoiser(config: TrainConfig, velocity) -> Denoiser:
+    return Denoiser(config, NullPrompt(np.zeros((1, TEXT), np.float32)), Network(velocity))
 
 
 def gaussian(params: Any, x: Array, sigma: Array, source: Array, words: Array) -> Array:

@@ -10,40 +10,29 @@ positive weight does not move the place where the two scores agree.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.lax import stop_gradient
 
 from dreamlite_jax.diffusion import flow, guidance, panels, sampler
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models import blocks
-from dreamlite_jax.training import optim, sharding
+from dreamlite_jax.models.unet import dummy_inputs
+from dreamlite_jax.training import optim, sharding, start
+from dreamlite_jax.training.codec import Codec
 from dreamlite_jax.training.config import TrainConfig
-from dreamlite_jax.training.stages.latent import Batch, LatentStage, spread
+from dreamlite_jax.training.denoiser import Batch, Denoiser
+from dreamlite_jax.training.stage import DenoisingStage
+from dreamlite_jax.training.stages.flow_matching import shares
+from dreamlite_jax.training.stages.refl import spread
+from dreamlite_jax.training.state import TrainState
+from dreamlite_jax.training.update import Metrics, Update, step_key
 from dreamlite_jax.types import Array, FeatureMap, Latent, PerSample, Scalar
-
-Metrics = dict[str, Scalar]
-
-
-@flax.struct.dataclass
-class DMDState:
-    """The student (params, ema, opt_state), the fake score, each with its optimiser's state, and the frozen teacher.
-
-    `fake` is {"unet": parameters} and, with a GAN, "head".
-    """
-
-    params: Any
-    ema: Any
-    opt_state: Any
-    step: Any
-    fake: Any
-    fake_opt_state: Any
-    teacher: Any
 
 
 class Head(nn.Module):
@@ -59,127 +48,124 @@ class Head(nn.Module):
         return blocks.Dense(1, jnp.float32, name="logit")(x.mean((1, 2)))[:, 0]
 
 
-class DMD2Stage(LatentStage):
-    """Distils a guided teacher into `config.model.steps` unguided steps, for both tasks in one batch."""
+class Teacher(start.Random):
+    """Shapes of a teacher that the config does not name."""
 
-    def __init__(self, config: TrainConfig):
-        super().__init__(config)
+    def load(self) -> Any:
+        raise UserError("config.dmd.teacher and config.init_from are empty; distillation needs a trained teacher")
+
+
+class DMD2Stage(DenoisingStage):
+    """Distils a guided teacher into `config.model.steps` unguided steps, for both tasks in one batch.
+
+    Beside the student, `TrainState.extra` has the fake score as `fake`, {"unet": parameters} and, with a GAN, "head",
+    and its optimiser's state as `fake_opt_state`; `TrainState.frozen` has the `teacher`.
+    """
+
+    def __init__(
+        self, config: TrainConfig, denoiser: Denoiser, weights: start.Weights, codec: Codec, teacher: start.Weights
+    ):
+        """The fake score starts as the teacher, the student with `weights`."""
+        super().__init__(config, denoiser, weights, codec)
+        dmd = config.dmd
+        self.sources, self.frozen = {"params": weights, "teacher": teacher}, {"teacher": teacher}
+        guided = guidance.is_guided(True, dmd.guidance_scale, dmd.image_guidance_scale)
+        self.teacher_plan = guidance.branches(editing=True, guided=guided)  # of both tasks; `Denoiser.conditioning`
+        self.gan = dmd.gan_fake_weight > 0
+        self.head = Head(config.model.unet.norm_groups, config.model.unet.norm_eps)
+        self.fake_update = Update(dmd.fake, config.steps * dmd.fake_updates, gather=self.gathered_fake)
+        self.limits = {"diversity": (dmd.min_diversity, math.inf)}
+
+    @classmethod
+    def build(cls, config: TrainConfig, denoiser: Denoiser, codec: Codec, *, shapes_only: bool) -> "DMD2Stage":
+        del shapes_only
         for name in ("guidance_scale", "image_guidance_scale"):
             if (scale := getattr(config.model, name)) != 1.0:
                 raise UserError(
                     f"config.model.{name} is {scale}; a distilled model is sampled without guidance: 1.0 "
                     f"(the teacher's is config.dmd.{name})"
                 )
-        self.setup()
+        if config.dmd.teacher:
+            teacher = start.Stored(config, denoiser.network, config.dmd.teacher, "dmd.teacher")
+        elif config.init_from:
+            teacher = start.unet(config, denoiser.network)
+        else:
+            teacher = Teacher(denoiser.network, dummy_inputs(config.model.unet), config.seed)
+        student = start.unet(config, denoiser.network) if config.dmd.teacher and config.init_from else teacher
+        return cls(config, denoiser, student, codec, teacher)
 
-    def setup(self) -> None:
-        """What follows from the config alone."""
-        config, dmd = self.config, self.config.dmd
-        guided = guidance.is_guided(True, dmd.guidance_scale, dmd.image_guidance_scale)
-        self.teacher_plan = guidance.branches(editing=True, guided=guided)  # of both tasks; see `conditioning`
-        self.gan = dmd.gan_fake_weight > 0
-        self.head = Head(config.model.unet.norm_groups, config.model.unet.norm_eps)
-        self.optimizer = optim.optimizer(config.optim, config.steps)
-        self.fake_optimizer = optim.optimizer(dmd.fake, config.steps * dmd.fake_updates)
-        # (least, most) of a metric; outside them the run has collapsed and stops
-        self.limits = {"diversity": (dmd.min_diversity, math.inf)}
-
-    def init_state(self, key: jax.Array) -> DMDState:
-        """The fake score starts as the teacher, the student as `init_from` (or as the teacher too)."""
-        location, traced = self.config.dmd.teacher, isinstance(key, jax.core.Tracer)
-        if not (location or self.config.init_from or traced):
-            raise UserError("config.dmd.teacher and config.init_from are empty; distillation needs a trained teacher")
-        teacher = self.params_of(location, "dmd.teacher", shapes_only=traced) if location else self.init_params(key)
-        params = self.init_params(key) if self.config.init_from else teacher
-        return sharding.born(self.start, params, teacher, key)
-
-    def start(self, params: Any, teacher: Any, key: jax.Array) -> DMDState:
-        """The state before the first step."""
-        fake = {"unet": copy(teacher)}
+    def begin(self, weights: Mapping[str, Any], key: jax.Array) -> TrainState:
+        fake = {"unet": start.copied(weights["teacher"])}
         if self.gan:
             width = self.config.model.unet.block_out_channels[-1]
             fake["head"] = self.head.init(key, jnp.zeros((1, 1, 1, width)))["params"]
-        return DMDState(
-            copy(params), copy(params), self.optimizer.init(params), jnp.zeros((), jnp.int32),
-            fake, self.fake_optimizer.init(fake), copy(teacher),
-        )  # fmt: skip
+        state = self.update.begin(start.copied(weights["params"]))
+        return state.replace(extra={"fake": fake, "fake_opt_state": self.fake_update.optimizer.init(fake)})
 
     # --- one step
 
-    def step(self, state: DMDState, batch: Batch) -> tuple[DMDState, Metrics]:
-        """One update of the student, then `fake_updates` of the fake score on what the student now makes."""
-        config = self.config
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        student_key, fake_key = jax.random.split(key)
-        grad_fn = jax.value_and_grad(self.student_loss, has_aux=True)
-        networks = self.whole(state.params), self.whole_fake(state.fake), self.whole(state.teacher)
-        (loss, (made, metrics)), grads = grad_fn(*networks, batch, student_key)
-        grads = sharding.owned(grads, state.params)
-        params, opt_state = optim.update(self.optimizer, grads, state.opt_state, state.params)
-        ema = optim.ema_update(state.ema, params, config.optim.ema_decay, state.step.astype(jnp.float32))
-        fake, fake_opt_state, fake_metrics = self.follow(
-            state.fake, state.fake_opt_state, self.whole(params), made, batch, fake_key
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One student update, then `fake_updates` updates of the fake score on new student samples (DMD2 alg. 1)."""
+        student_key, fake_key = jax.random.split(step_key(self.config.seed, state))
+        fake, teacher = self.gathered_fake(state.extra["fake"]), self.update.gather(state.frozen["teacher"])
+        (loss, (generated, metrics)), grads = self.update.gradient(
+            self.student_loss, state.params, fake, teacher, batch, student_key
         )
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integers; our own arithmetic does not
-            rate = jnp.asarray(optim.schedule(config.optim, config.steps)(state.step), jnp.float32)
-        metrics = {
-            "loss": loss,
-            **metrics,
-            **fake_metrics,
-            "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(params),
-            "learning_rate": rate,
-        }
-        return DMDState(params, ema, opt_state, state.step + 1, fake, fake_opt_state, state.teacher), metrics
+        state, metrics = self.update.apply(state, grads, {"loss": loss, **metrics})
+        extra, fake_metrics = self.update_fake(
+            state.extra, self.update.gather(state.params), generated, batch, fake_key
+        )
+        return state.replace(extra=extra), {**metrics, **fake_metrics}
 
     def student_loss(
         self, params: Any, fake: Any, teacher: Any, batch: Batch, key: jax.Array
     ) -> tuple[Scalar, tuple[Latent, Metrics]]:
         """½‖x - sg(x - g)‖² (mean over elements), g being the weighted matching gradient, and the generator's part of
         the GAN."""
-        make_key, level_key, noise_key = jax.random.split(key, 3)
-        made = self.generate(params, batch, make_key)
-        sigma = self.noise_levels(level_key, made)
-        noisy = flow.interpolate(made, jax.random.normal(noise_key, made.shape), sigma)
-        fake_velocity, logits = self.fake_answer(fake, noisy if self.gan else still(noisy), sigma, batch)
-        real_velocity = self.teacher_velocity(teacher, still(noisy), sigma, batch)
-        gradient = matching_gradient(still(made), still(noisy), sigma, real_velocity, still(fake_velocity))
+        generate_key, level_key, noise_key = jax.random.split(key, 3)
+        generated = self.generate(params, batch, generate_key)
+        fixed = stop_gradient(generated)
+        sigma = self.noise_levels(level_key, generated)
+        noisy = flow.interpolate(generated, jax.random.normal(noise_key, generated.shape), sigma)
+        fake_velocity, logits = self.fake_answer(fake, noisy if self.gan else stop_gradient(noisy), sigma, batch)
+        noisy, velocity = stop_gradient(noisy), stop_gradient(fake_velocity)
+        real_velocity = self.teacher_velocity(teacher, noisy, sigma, batch)
+        gradient = matching_gradient(fixed, noisy, sigma, real_velocity, velocity)
         gradient *= self.weight(batch)
-        loss = 0.5 * jnp.square(made - still(made - gradient)).mean()
+        loss = 0.5 * jnp.square(generated - stop_gradient(generated - gradient)).mean()
         metrics = {
             "matching_loss": loss,
             "velocity_gap": jnp.sqrt(jnp.square(real_velocity - fake_velocity).mean()),
-            "diversity": spread(made) / spread(batch["target"]),
+            "diversity": spread(generated) / spread(batch["target"]),
         }
         if self.gan:
             metrics["gan_loss"] = nn.softplus(-logits).mean()
             loss += self.config.dmd.gan_generator_weight * metrics["gan_loss"]
-        return loss, (made, metrics)
+        return loss, (generated, metrics)
 
-    def follow(
-        self, fake: Any, opt_state: Any, params: Any, made: Latent, batch: Batch, key: jax.Array
-    ) -> tuple[Any, Any, Metrics]:
-        """The fake score's updates: the first on `made`, the others on new pictures of the same prompts.
+    def update_fake(
+        self, extra: dict[str, Any], params: Any, generated: Latent, batch: Batch, key: jax.Array
+    ) -> tuple[dict[str, Any], Metrics]:
+        """The fake score's updates: the first on `generated`, the others on new pictures of the same prompts.
 
         Every network stands in the program once, however many updates there are, because compiling them takes long (but
         see `repeat`).
         """
-        make_key, loss_key = jax.random.split(key)
-        count, pictures = self.config.dmd.fake_updates, made[None]
+        generate_key, loss_key = jax.random.split(key)
+        count, pictures = self.config.dmd.fake_updates, generated[None]
         if count > 1:
-            others = jax.lax.map(lambda key: self.generate(params, batch, key), jax.random.split(make_key, count - 1))
-            pictures = jnp.concatenate([pictures, others])
+            keys = jax.random.split(generate_key, count - 1)
+            pictures = jnp.concatenate([pictures, jax.lax.map(lambda key: self.generate(params, batch, key), keys)])
 
         def update(carry: Any, given: tuple[Latent, Any]) -> tuple[Any, Metrics]:
             fake, opt_state = carry
-            grad_fn = jax.value_and_grad(self.fake_loss, has_aux=True)
-            (loss, metrics), grads = grad_fn(self.whole_fake(fake), given[0], batch, given[1])
-            grads = sharding.owned(grads, fake)
-            fake, opt_state = optim.update(self.fake_optimizer, grads, opt_state, fake)
+            (loss, metrics), grads = self.fake_update.gradient(self.fake_loss, fake, given[0], batch, given[1])
+            fake, opt_state = optim.update(self.fake_update.optimizer, grads, opt_state, fake)
             return (fake, opt_state), {"fake_loss": loss, **metrics, "fake_grad_norm": optax.tree.norm(grads)}
 
-        (fake, opt_state), metrics = repeat(update, (fake, opt_state), (pictures, jax.random.split(loss_key, count)))
-        return fake, opt_state, {name: values.mean() for name, values in metrics.items()}
+        carry = extra["fake"], extra["fake_opt_state"]
+        (fake, opt_state), metrics = repeat(update, carry, (pictures, jax.random.split(loss_key, count)))
+        return {"fake": fake, "fake_opt_state": opt_state}, {name: values.mean() for name, values in metrics.items()}
 
     def fake_loss(self, fake: Any, made: Latent, batch: Batch, key: jax.Array) -> tuple[Scalar, Metrics]:
         """Flow matching on the student's pictures; with a GAN also telling them from real ones, equally noised."""
@@ -195,39 +181,39 @@ class DMD2Stage(LatentStage):
             lambda _, noisy: (None, self.fake_answer(fake, noisy, sigma, batch)), None, jnp.stack([noisy, real])
         )
         loss = (weight * jnp.square(velocities[0] - wanted)).mean()
-        told = nn.softplus(logits).mean() + nn.softplus(-real_logits).mean()
-        right = 0.5 * ((logits < 0).mean() + (real_logits > 0).mean())
-        return loss + self.config.dmd.gan_fake_weight * told, {"gan_fake_loss": told, "gan_accuracy": right}
+        gan_loss = nn.softplus(logits).mean() + nn.softplus(-real_logits).mean()
+        accuracy = 0.5 * ((logits < 0).mean() + (real_logits > 0).mean())
+        return loss + self.config.dmd.gan_fake_weight * gan_loss, {"gan_fake_loss": gan_loss, "gan_accuracy": accuracy}
 
     def weight(self, batch: Batch) -> Array:
         """What each element counts in both losses, 1 on average over the batch; or 1 for all, ()."""
-        return self.shares(batch)["weight"] if self.config.dmd.region_weight else jnp.ones(())
+        if not self.config.dmd.region_weight:
+            return jnp.ones(())
+        return shares(batch, region_weight=self.config.flow.region_weight)["weight"]
 
     # --- the three networks
 
-    def whole(self, params: Any) -> Any:
-        """A U-Net's parameters, gathered in the dtype that it computes in."""
-        return sharding.gathered(params, jnp.dtype(self.config.dtype))
-
-    def whole_fake(self, fake: Any) -> Any:
-        """Those of the fake score, and of its head, which computes in float32."""
+    def gathered_fake(self, fake: Any) -> Any:
+        """The fake score's whole parameters: of its U-Net in the dtype it computes in, of its head in float32."""
         rest = {name: part for name, part in fake.items() if name != "unet"}
-        return {"unet": self.whole(fake["unet"]), **sharding.gathered(rest)}
+        return {"unet": self.update.gather(fake["unet"]), **sharding.gathered(rest)}
 
     def generate(self, params: Any, batch: Batch, key: jax.Array) -> Latent:
         """What the student predicts at one random step of its sampler, reached by its own steps (backward simulation).
 
         The last step has gradients, those before it have none.
         """
-        target, layout = batch["target"], self.config.model.unet.condition_layout
+        target, layout = batch["target"], self.denoiser.layout
         noise_key, stop_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, target.shape)
         steps = self.config.model.steps
-        sigmas = jnp.asarray(self.sigmas(target, steps))
+        sigmas = jnp.asarray(self.denoiser.sigmas(target, steps))
         stop = jax.random.randint(stop_key, (), 0, steps)
-        rest = (self.conditioning(guidance.UNGUIDED, batch), batch["size"])
-        x = sampler.rollout(self.velocity(still(params)), noise, *rest, sigmas[:-1], stop, layout=layout)
-        return sampler.predict(self.velocity(params), still(x), sigmas[stop], *rest, layout=layout)
+        rest = (self.denoiser.conditioning(guidance.UNGUIDED, batch), batch["size"])
+        x = sampler.rollout(
+            self.denoiser.velocity(stop_gradient(params)), noise, *rest, sigmas[:-1], stop, layout=layout
+        )
+        return sampler.predict(self.denoiser.velocity(params), stop_gradient(x), sigmas[stop], *rest, layout=layout)
 
     def noise_levels(self, key: jax.Array, like: Latent) -> PerSample:
         """(b,) sigmas uniform in the noise range, then shifted as the resolution wants."""
@@ -237,26 +223,26 @@ class DMD2Stage(LatentStage):
 
     def teacher_velocity(self, teacher: Any, noisy: Latent, sigma: PerSample, batch: Batch) -> Latent:
         """The teacher's velocity with guidance, single for generation and dual for edits."""
-        dmd, model = self.config.dmd, self.config.model
+        dmd, denoiser = self.config.dmd, self.denoiser
         return sampler.guided_velocity(
-            self.velocity(teacher), noisy, sigma, self.conditioning(self.teacher_plan, batch), batch["size"],
-            dmd.guidance_scale, dmd.image_guidance_scale, model.unet.condition_layout,
+            denoiser.velocity(teacher), noisy, sigma, denoiser.conditioning(self.teacher_plan, batch), batch["size"],
+            dmd.guidance_scale, dmd.image_guidance_scale, denoiser.layout,
         )  # fmt: skip
 
     def fake_answer(self, fake: Any, noisy: Latent, sigma: PerSample, batch: Batch) -> tuple[Latent, PerSample | None]:
         """The fake score's velocity without guidance, and with a GAN the head's logits (b,)."""
-        layout = self.config.model.unet.condition_layout
+        layout = self.denoiser.layout
         seen: list[Array] = []
 
         def velocity(*inputs: Array) -> Array:
-            network = self.model.clone(sharding=sharding.activations())
+            network = self.denoiser.network.clone(sharding=sharding.activations())
             out, state = network.apply({"params": fake["unet"]}, *inputs, capture_intermediates=is_middle)
             seen.append(state["intermediates"]["mid_block"]["__call__"][0][0])
             return out
 
         answer = sampler.guided_velocity(
-            velocity if self.gan else self.velocity(fake["unet"]), noisy, sigma,
-            self.conditioning(guidance.UNGUIDED, batch), batch["size"], 1.0, 1.0, layout,
+            velocity if self.gan else self.denoiser.velocity(fake["unet"]), noisy, sigma,
+            self.denoiser.conditioning(guidance.UNGUIDED, batch), batch["size"], 1.0, 1.0, layout,
         )  # fmt: skip
         if not self.gan:
             return answer, None
@@ -287,13 +273,3 @@ def repeat(function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, items: A
 
 def is_middle(module: nn.Module, method: str) -> bool:
     return method == "__call__" and module.path == ("mid_block",)
-
-
-def still(tree: Any) -> Any:
-    """Without gradients."""
-    return jax.lax.stop_gradient(tree)
-
-
-def copy(tree: Any) -> Any:
-    """Arrays of its own: the loop donates every part of a state."""
-    return jax.tree.map(jnp.copy, tree)

@@ -3,36 +3,45 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from dreamlite_jax.training import flops
-from dreamlite_jax.training.stages.latent import Batch, LatentStage, Noised
-from dreamlite_jax.training.state import OneLoss, TrainState
+from dreamlite_jax.training.denoiser import Batch, Noised
+from dreamlite_jax.training.stage import DenoisingStage
+from dreamlite_jax.training.update import Metrics
+from dreamlite_jax.types import Array, Latent, Scalar
 
 
-class FlowMatchingStage(LatentStage, OneLoss):
+class FlowMatchingStage(DenoisingStage):
     """Velocity regression on the target panel, the condition panel clean beside it."""
 
-    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimisation step, on latents or on pictures that it encodes first."""
-        return super().step(state, self.encoded(batch))
+    def draw(self, batch: Batch, key: jax.Array) -> tuple[Noised, dict[str, Array]]:
+        return self.denoiser.noised(batch, key), shares(batch, region_weight=self.config.flow.region_weight)
 
-    def loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(loss, metrics) of one batch; see `LatentStage.flow_loss`."""
-        return self.mean_loss(params, self.draw(batch, key))
+    def mean_loss(self, params: Any, rows: tuple[Noised, dict[str, Array]]) -> tuple[Scalar, Metrics]:
+        noised, weights = rows
+        return velocity_loss(self.denoiser.predicted_velocity(params, noised), noised, weights)
 
-    def draw(self, batch: Batch, key: jax.Array) -> tuple[Noised, dict[str, jax.Array]]:
-        """All that is random, and all that looks over the whole batch (see `training.state.Parts`)."""
-        return self.noised(batch, key), self.shares(batch)
 
-    def mean_loss(
-        self, params: Any, items: tuple[Noised, dict[str, jax.Array]]
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(loss, metrics) as means over some of the batch's items."""
-        noised, shares = items
-        return self.mean_flow_loss(self.answer(params, noised), noised, shares)
+def shares(batch: Batch, *, region_weight: bool) -> dict[str, Array]:
+    """What each item and latent pixel weighs in the means of `velocity_loss`: 1 on average over the batch."""
+    weight = batch["weight"] if region_weight else jnp.ones_like(batch["weight"])
+    editing, b = batch["editing"], len(batch["editing"])
+    return {
+        "weight": weight / weight.mean(),
+        "generate": (1.0 - editing) * b / jnp.maximum(b - editing.sum(), 1.0),
+        "edit": editing * b / jnp.maximum(editing.sum(), 1.0),
+    }
 
-    def flops(self, batch: Batch) -> float:
-        """Of one step on a batch of these shapes: forward and backward pass of the U-Net on each canvas."""
-        unet, (b, h, w, _) = self.config.model.unet, batch["weight"].shape
-        columns = 2 * w if unet.condition_layout == "width" else w
-        return flops.training_flops(unet, b, h, columns, batch["text"].shape[1])
+
+def velocity_loss(predicted: Latent, noised: Noised, weights: dict[str, Array]) -> tuple[Scalar, Metrics]:
+    """Squared error of the velocity on the target panel, weighted on the region that an edit changes.
+
+    With the `shares` of a batch it is a plain mean over items: the mean over parts of a batch is that of the batch.
+    """
+    error = jnp.square(predicted - noised.velocity)
+    per_item = error.mean((1, 2, 3))
+    return (weights["weight"] * error).mean(), {
+        "mse": error.mean(),
+        "mse_generate": (per_item * weights["generate"]).mean(),
+        "mse_edit": (per_item * weights["edit"]).mean(),
+    }

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,106 +12,76 @@ from flax import traverse_util
 from dreamlite_jax.data.latents import LatentReader
 from dreamlite_jax.diffusion import guidance, sampler
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.rewards.base import Context, Part, RewardSum
 from dreamlite_jax.rewards.load import load_rewards
-from dreamlite_jax.training import optim, sharding
-from dreamlite_jax.training import state as train_state
+from dreamlite_jax.training import sharding, start
+from dreamlite_jax.training.codec import Codec
 from dreamlite_jax.training.config import ReFLConfig, TrainConfig
-from dreamlite_jax.training.stages.latent import Batch, LatentStage, spread
-from dreamlite_jax.types import Image, Latent, Scalar, TimeIds
+from dreamlite_jax.training.denoiser import Batch, Denoiser
+from dreamlite_jax.training.stage import DenoisingStage
+from dreamlite_jax.training.stages.flow_matching import shares, velocity_loss
+from dreamlite_jax.training.state import TrainState
+from dreamlite_jax.training.update import Metrics, step_key
+from dreamlite_jax.types import Latent, Scalar, TimeIds
 
 TOKENS = "tokens/"  # begins the names of a batch's fields that rewards prepared from the prompts
 
 
-@flax.struct.dataclass
-class ReFLState:
-    """A `TrainState`, the parameters it started from, and networks that never change: autoencoder and rewards."""
-
-    params: Any
-    ema: Any
-    opt_state: Any
-    step: Any
-    start: Any
-    frozen: Any
-
-
-class ReFLStage(LatentStage):
+class ReFLStage(DenoisingStage):
     """Raises rewards of what the model draws and edits, without leaving the data behind."""
 
-    def __init__(self, config: TrainConfig):
-        super().__init__(config)
-        if not config.refl.rewards:
-            raise UserError("config.refl.rewards is empty; ReFL needs at least one reward")
-        abstract = self.vae_params is None
-        if not abstract:
-            check_sizes(config)
-        mesh = None if abstract else sharding.make_mesh(config.mesh)
-        self.setup(load_rewards(config.refl.rewards, mesh, abstract=abstract))
-
-    def setup(self, rewards: RewardSum) -> None:
-        """What follows from the config and the rewards."""
-        refl = self.config.refl
+    def __init__(
+        self, config: TrainConfig, denoiser: Denoiser, weights: start.Weights, codec: Codec, rewards: RewardSum
+    ):
+        super().__init__(config, denoiser, weights, codec)
+        refl = config.refl
         self.rewards, self.thresholds = rewards, [reward.threshold for reward in refl.rewards]
         self.scales = refl.guidance_scale, refl.image_guidance_scale
-        self.layout = self.config.model.unet.condition_layout
         guided = guidance.is_guided(True, *self.scales)
-        self.plan = guidance.branches(editing=True, guided=guided)  # of both tasks; see `conditioning`
-        # (least, most) of a metric; outside them the run has collapsed and stops
+        self.plan = guidance.branches(editing=True, guided=guided)  # of both tasks; see `Denoiser.conditioning`
+        self.frozen = {"start": weights, "vae": start.Given(codec.params), "rewards": start.Given(rewards.params)}
         self.limits = {"drift": (0.0, refl.max_drift), "diversity": (refl.min_diversity, math.inf)}
 
-    def init_state(self, key: jax.Array) -> ReFLState:
-        params = self.init_params(key)
-        inner = train_state.create(params, optim.optimizer(self.config.optim, self.config.steps))
-        start = sharding.born(lambda params: jax.tree.map(jnp.copy, params), params)
-        return ReFLState(inner.params, inner.ema, inner.opt_state, inner.step, start, self.frozen())
+    @classmethod
+    def build(cls, config: TrainConfig, denoiser: Denoiser, codec: Codec, *, shapes_only: bool) -> "ReFLStage":
+        if not config.refl.rewards:
+            raise UserError("config.refl.rewards is empty; ReFL needs at least one reward")
+        if not shapes_only:
+            check_sizes(config)
+        mesh = None if shapes_only else sharding.make_mesh(config.mesh)
+        rewards = load_rewards(config.refl.rewards, mesh, abstract=shapes_only)
+        return cls(config, denoiser, start.unet(config, denoiser.network), codec, rewards)
 
-    def frozen(self) -> Any:
-        """The networks that never change; zeros where a stage without data knows shapes alone (`training.abstract`)."""
-        vae = self.vae_params
-        if vae is None:
-            side = self.vae_config.downsampling
-            vae = jax.eval_shape(VAE(self.vae_config).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
-
-        def array(x: Any) -> Any:
-            return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
-
-        return jax.tree.map(array, {"vae": vae, "rewards": self.rewards.params})
-
-    def step(self, state: ReFLState, batch: Batch) -> tuple[ReFLState, dict[str, jax.Array]]:
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update of the parameters."""
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        start = sharding.gathered(state.start, dtype)
-        frozen = {**state.frozen, "vae": sharding.gathered(state.frozen["vae"])}
+        frozen = {
+            **state.frozen,
+            "start": self.update.gather(state.frozen["start"]),
+            "vae": sharding.gathered(state.frozen["vae"]),
+        }
+        key = step_key(self.config.seed, state)
+        (loss, metrics), grads = self.update.gradient(self.loss, state.params, frozen, batch, key)
+        return self.update.apply(state, grads, {"loss": loss, **metrics})
 
-        def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return self.loss(params, start, frozen, batch, key)
-
-        inner = train_state.TrainState(state.params, state.ema, state.opt_state, state.step)
-        step = train_state.make_step(loss, config.optim, config.steps, config.seed, dtype=dtype)
-        inner, metrics = step(inner, batch)
-        new = state.replace(params=inner.params, ema=inner.ema, opt_state=inner.opt_state, step=inner.step)
-        return new, metrics
-
-    def loss(
-        self, params: Any, start: Any, frozen: Any, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Scalar, Metrics]:
         """Reward term and flow-matching regulariser, weighted.
 
         Metrics: each reward as `reward_<name>`, their weighted sum as `reward`; `drift`, the distance of the velocity
         on real data from the start model's, relative to the latter; `diversity`, see `spread`.
         """
-        refl = self.config.refl
+        refl, denoiser = self.config.refl, self.denoiser
         flow_key, roll_key = jax.random.split(key)
-        noised = self.noised(batch, flow_key)
-        answer, first = self.answer(params, noised), self.answer(start, noised)
-        regulariser, metrics = self.flow_loss(answer, noised, batch)
-        drift = jnp.sqrt(jnp.square(answer - first).mean() / jnp.square(first).mean())
+        noised = denoiser.noised(batch, flow_key)
+        predicted = denoiser.predicted_velocity(params, noised)
+        first = denoiser.predicted_velocity(frozen["start"], noised)
+        weights = shares(batch, region_weight=self.config.flow.region_weight)
+        regulariser, metrics = velocity_loss(predicted, noised, weights)
+        drift = jnp.sqrt(jnp.square(predicted - first).mean() / jnp.square(first).mean())
 
-        x, sigma = self.reach(params, batch, roll_key)
-        latents = self.imagine(params, x, sigma, batch)
-        parts = self.judge(frozen, latents, batch)
-        shortfall = self.shortfall(parts)
+        x, sigma = self.rollout_to_late_step(params, batch, roll_key)
+        latents = self.predicted_data(params, x, sigma, batch)
+        parts = self.scores(frozen, latents, batch)
+        shortfall = self.reward_loss(parts)
         loss = refl.flow_weight * regulariser + refl.reward_weight * shortfall
         means = {name: mean_score(part) for name, part in parts.items()}
         weighted = [term.weight * mean for term, mean in zip(self.rewards.terms, means.values(), strict=True)]
@@ -126,38 +95,39 @@ class ReFLStage(LatentStage):
             "diversity": spread(latents) / spread(batch["target"]),
         }
 
-    def reach(self, params: Any, batch: Batch, key: jax.Array) -> tuple[Latent, Scalar]:
-        """Where the sampler is before one random late step, and its sigma; without gradients."""
+    def rollout_to_late_step(self, params: Any, batch: Batch, key: jax.Array) -> tuple[Latent, Scalar]:
+        """Samples to a random late step without gradients; returns (x, sigma) there."""
         refl, target = self.config.refl, batch["target"]
         noise_key, stop_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, target.shape)
-        sigmas = jnp.asarray(self.sigmas(target, refl.steps))
+        sigmas = jnp.asarray(self.denoiser.sigmas(target, refl.steps))
         stop = jax.random.randint(stop_key, (), first_late_step(refl), refl.steps)
-        velocity = self.velocity(jax.lax.stop_gradient(params))
-        x = sampler.rollout(velocity, noise, *self.given(batch), sigmas[:-1], stop, *self.scales, layout=self.layout)
+        velocity, layout = self.denoiser.velocity(jax.lax.stop_gradient(params)), self.denoiser.layout
+        x = sampler.rollout(velocity, noise, *self.inputs(batch), sigmas[:-1], stop, *self.scales, layout=layout)
         return jax.lax.stop_gradient(x), sigmas[stop]
 
-    def imagine(self, params: Any, x: Latent, sigma: Scalar, batch: Batch) -> Latent:
-        """Data predicted by the step at x."""
-        return sampler.predict(self.velocity(params), x, sigma, *self.given(batch), *self.scales, layout=self.layout)
+    def predicted_data(self, params: Any, x: Latent, sigma: Scalar, batch: Batch) -> Latent:
+        """What the step at x predicts."""
+        velocity, layout = self.denoiser.velocity(params), self.denoiser.layout
+        return sampler.predict(velocity, x, sigma, *self.inputs(batch), *self.scales, layout=layout)
 
-    def given(self, batch: Batch) -> tuple[sampler.Conditioning, TimeIds]:
-        return self.conditioning(self.plan, batch), batch["size"]
+    def inputs(self, batch: Batch) -> tuple[sampler.Conditioning, TimeIds]:
+        return self.denoiser.conditioning(self.plan, batch), batch["size"]
 
-    def shortfall(self, parts: dict[str, Part]) -> Scalar:
+    def reward_loss(self, parts: dict[str, Part]) -> Scalar:
         """The rewards' losses, weighted."""
         terms = zip(self.rewards.terms, parts.values(), self.thresholds, strict=True)
         return sum(term.weight * reward_loss(part, threshold, self.config.refl) for term, part, threshold in terms)
 
-    def judge(self, frozen: Any, latents: Latent, batch: Batch) -> dict[str, Part]:
+    def scores(self, frozen: Any, latents: Latent, batch: Batch) -> dict[str, Part]:
         """Each reward's scores of decoded latents; activations are computed again for gradients, not kept."""
-        decode = self.decoder()
+        decode = self.codec.decode
         tokens = {name[len(TOKENS) :]: value for name, value in batch.items() if name.startswith(TOKENS)}
         tokens = traverse_util.unflatten_dict(tokens, sep="/")
         context = Context(
             {term.name: tokens.get(term.name, {}) for term in self.rewards.terms},
-            self.picture(decode, frozen, batch["source"]),
-            self.picture(decode, frozen, batch["target"]),
+            jax.lax.stop_gradient(decode(frozen["vae"], batch["source"])),
+            jax.lax.stop_gradient(decode(frozen["vae"], batch["target"])),
             batch["editing"],
         )
 
@@ -167,11 +137,7 @@ class ReFLStage(LatentStage):
 
         return parts(latents, context)
 
-    @staticmethod
-    def picture(decode: Any, frozen: Any, latents: Latent) -> Image:
-        return jax.lax.stop_gradient(decode(frozen["vae"], latents))
-
-    def prepared(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    def fields(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """What the rewards want to know of the prompts."""
         tokens = traverse_util.flatten_dict(dict(self.rewards.prepare(texts)), sep="/")
         return {f"{TOKENS}{name}": np.asarray(value) for name, value in tokens.items()}
@@ -210,3 +176,8 @@ def reward_loss(part: Part, threshold: float | None, config: ReFLConfig) -> Scal
     else:
         loss = jnp.where(part.score > threshold, threshold - part.score, 0.0)
     return mean_score(part._replace(score=loss))
+
+
+def spread(latents: Latent) -> Scalar:
+    """Standard deviation over the batch, averaged over positions and channels: near 0 when all pictures are alike."""
+    return jnp.std(latents, 0).mean()

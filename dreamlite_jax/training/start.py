@@ -1,0 +1,84 @@
+"""Where weights come from when a run begins: their shapes by name, or they themselves."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from dreamlite_jax.config import ModelConfig, from_dict
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.model_folder import MANIFEST, find_model, load_config, load_params
+from dreamlite_jax.models.unet import dummy_inputs
+from dreamlite_jax.training import checkpoint, sharding
+from dreamlite_jax.training.config import TrainConfig
+
+
+class Weights(Protocol):
+    """Parameters of a network, not read yet."""
+
+    def shapes(self) -> Any:
+        """A tree of `jax.ShapeDtypeStruct`; reads nothing."""
+
+    def load(self) -> Any:
+        """The arrays: on the mesh or, the same in every process, on the host. Raises `UserError` for a wrong file."""
+
+
+class Given:
+    """Weights that are at hand, or of which nothing but shapes will ever be asked."""
+
+    def __init__(self, tree: Any):
+        self._tree = tree
+
+    def shapes(self) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._tree)
+
+    def load(self) -> Any:
+        return self._tree
+
+
+class Random:
+    """A network's own initial weights, of a seed."""
+
+    def __init__(self, network: Any, inputs: tuple[Any, ...], seed: int):
+        self._network, self._inputs, self._seed = network, inputs, seed
+
+    def shapes(self) -> Any:
+        return jax.eval_shape(self._network.init, jax.random.key(self._seed), *self._inputs)["params"]
+
+    def load(self) -> Any:
+        return sharding.born(self._network.init, jax.random.key(self._seed), *self._inputs)["params"]
+
+
+class Stored:
+    """U-Net weights, on the host, of the model folder or workdir that `config.<field>` names."""
+
+    def __init__(self, config: TrainConfig, network: Any, location: str, field: str):
+        self._unet, self._network, self._location, self._field = config.model.unet, network, location, field
+
+    def shapes(self) -> Any:
+        return jax.eval_shape(self._network.init, jax.random.key(0), *dummy_inputs(self._unet))["params"]
+
+    def load(self) -> Any:
+        folder = find_model(self._location)
+        exported = (folder / MANIFEST).exists() or not checkpoint.steps_in(folder)
+        stored = load_config(folder) if exported else from_dict(
+            ModelConfig, checkpoint.saved_config(folder)["model"], f"{folder}: config.model"
+        )  # fmt: skip
+        if stored.unet != self._unet:
+            raise UserError(
+                f"config.{self._field} {folder} holds a U-Net of another architecture: {stored.unet}; the config asks "
+                f"for {self._unet}"
+            )
+        return load_params(folder, "unet") if exported else checkpoint.averaged(folder, self.shapes())
+
+
+def unet(config: TrainConfig, network: Any) -> Weights:
+    """Where the U-Net of a config starts: `init_from`, or at random."""
+    if config.init_from:
+        return Stored(config, network, config.init_from, "init_from")
+    return Random(network, dummy_inputs(config.model.unet), config.seed)
+
+
+def copied(tree: Any) -> Any:
+    """Arrays of its own: the loop donates every part of a state."""
+    return jax.tree.map(jnp.copy, tree)
