@@ -353,7 +353,7 @@ def load_config(location: str, overrides: Sequence[str] = (), cls: type[ConfigT]
     """
     mapping = read_config_file(location)
     if cls is TrainConfig:
-        named = [override.partition("=")[2] for override in overrides if override.startswith("stage=")]
+        named = [override.partition("=")[2].strip("'\"") for override in overrides if override.startswith("stage=")]
         cls = table.config_class([mapping.get("stage"), *named][-1], cls)
     for override in overrides:
         _override(mapping, override, cls)

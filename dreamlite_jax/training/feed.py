@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import jax
@@ -34,6 +34,7 @@ HostBatch = dict[str, np.ndarray]
 Fields = Callable[[Sequence[str]], HostBatch]
 
 
+@runtime_checkable
 class Feed(Protocol):
     """Where batches come from."""
 
@@ -234,7 +235,7 @@ class ShapesOnly:
         return form.empty(0, rows=0)
 
 
-def latent_feed(config: TrainConfig, *, shapes_only: bool = False) -> Any:
+def latent_feed(config: TrainConfig, *, shapes_only: bool = False) -> LatentFeed | PairFeed | ShapesOnly:
     """The feed of a stage that trains the U-Net."""
     if shapes_only:
         return ShapesOnly(config)

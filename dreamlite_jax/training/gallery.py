@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from dreamlite_jax.types import Array, Latent, TimeIds
 SAMPLE_SEED = 1000  # of the first item of a grid; item i has SAMPLE_SEED + i
 
 
+@runtime_checkable
 class Gallery(Protocol):
     """Pictures and export of a run; both are called in one process, with whole parameters."""
 

@@ -21,7 +21,7 @@ from dreamlite_jax.training.errors import Preempted
 from dreamlite_jax.training.feed import Feed
 from dreamlite_jax.training.gallery import Gallery
 from dreamlite_jax.training.metrics import Metrics
-from dreamlite_jax.training.stage import Stage
+from dreamlite_jax.training.stage import Stage, check_metrics
 from dreamlite_jax.training.steps import Profile, Steps
 
 RUN_AHEAD = 3  # steps given to the device beyond the one that it has finished: their batches wait in its memory
@@ -201,6 +201,7 @@ def check(config: TrainConfig, stage: Stage, feed: Feed) -> list[str]:
     state = stage.state_shapes()
     batch = next(iter(feed.dataset(stage.fields)))
     _, values = jax.eval_shape(stage.step, state, batch)
+    check_metrics(stage, values)
     shapes = ", ".join(f"{name} {tuple(np.shape(value))}" for name, value in batch.items())
     return [
         f"config: stage {config.stage}, {config.steps} steps, batch {config.data.batch_size}",

@@ -1,18 +1,19 @@
 """What a kind of training is: its objective, and no more. How to write one: docs/extending.md."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from dreamlite_jax.config import suggestion
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training import flops, sharding, start
 from dreamlite_jax.training.codec import Codec
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.denoiser import Batch, Denoiser
-from dreamlite_jax.training.feed import Feed, latent_feed
+from dreamlite_jax.training.feed import Feed, ShapesOnly, latent_feed
 from dreamlite_jax.training.gallery import Drawings, Gallery
 from dreamlite_jax.training.state import TrainState
 from dreamlite_jax.training.update import Metrics, Update, step_key
@@ -22,7 +23,7 @@ class Run(NamedTuple):
     """What the loop runs."""
 
     stage: "Stage"
-    feed: Feed
+    feed: Feed | ShapesOnly
     gallery: Gallery
 
 
@@ -203,3 +204,10 @@ def check(stage: Stage) -> None:
     for metric, bounds in stage.limits.items():
         if not (isinstance(bounds, tuple) and len(bounds) == 2 and bounds[0] <= bounds[1]):
             raise UserError(f"stage {name}: limits[{metric!r}] is {bounds!r}; it must be (least, most)")
+
+
+def check_metrics(stage: Stage, metrics: Iterable[str]) -> None:
+    """Raises `UserError` unless a step gives the loss and all metrics that have limits."""
+    for metric in ("loss", *stage.limits):
+        if metric not in metrics:
+            raise UserError(f"stage {type(stage).__name__}: its step gives no {metric!r}{suggestion(metric, metrics)}")

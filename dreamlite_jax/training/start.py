@@ -1,6 +1,6 @@
 """Where weights come from when a run begins: their shapes by name, or they themselves."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from dreamlite_jax.training import checkpoint, sharding
 from dreamlite_jax.training.config import TrainConfig
 
 
+@runtime_checkable
 class Weights(Protocol):
     """Parameters of a network, not read yet."""
 

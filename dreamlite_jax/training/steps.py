@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dreamlite_jax.training import distributed, sharding
 from dreamlite_jax.training.clock import Clock
-from dreamlite_jax.training.stage import Stage
+from dreamlite_jax.training.stage import Stage, check_metrics
 
 Batch = dict[str, jax.Array]
 Signature = tuple[tuple[str, tuple[int, ...], str], ...]
@@ -36,7 +36,9 @@ class Steps:
         shape = signature(batch)
         if shape not in self._programs:
             with self._clock.compiling():
-                self._programs[shape] = self._jitted.lower(state, batch).compile()
+                lowered = self._jitted.lower(state, batch)
+                check_metrics(self._stage, lowered.out_info[1])
+                self._programs[shape] = lowered.compile()
                 distributed.wait_for_all(f"compiled {len(self._programs)}")  # or the first waits in a collective
         return self._programs[shape]
 

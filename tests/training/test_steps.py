@@ -10,6 +10,7 @@ from dreamlite_jax.training import sharding, steps
 from dreamlite_jax.training.build import build
 from dreamlite_jax.training.clock import Clock
 from dreamlite_jax.training.config import MeshConfig, load_config
+from dreamlite_jax.training.stage import Stage
 
 
 @flax.struct.dataclass
@@ -17,10 +18,13 @@ class Total:
     params: jax.Array
 
 
-class Summing:
+class Summing(Stage):
     """Adds up what it is given; counts how often it is traced."""
 
     traced = 0
+
+    def __init__(self):
+        pass
 
     def step(self, state, batch):
         self.traced += 1

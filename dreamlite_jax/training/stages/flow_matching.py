@@ -14,6 +14,9 @@ from dreamlite_jax.types import Array, Latent, Scalar
 class FlowMatchingStage(DenoisingStage):
     """Velocity regression on the target panel, the condition panel clean beside it."""
 
+    accumulates = True
+    encodes = True
+
     def draw(self, batch: Batch, key: jax.Array) -> tuple[Noised, dict[str, Array]]:
         return self.denoiser.noised(batch, key), shares(batch, region_weight=self.config.flow.region_weight)
 

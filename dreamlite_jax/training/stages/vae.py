@@ -19,6 +19,8 @@ from dreamlite_jax.types import Scalar
 class VAEStage(Stage):
     """Reconstruction under latent noise, with latents held at zero mean and unit variance a channel."""
 
+    encodes = True
+
     def __init__(self, config: TrainConfig):
         self.network, side = VAE(config.model.vae), 8 * config.model.vae.downsampling
         super().__init__(config, start.Random(self.network, (jnp.zeros((1, side, side, 3)),), config.seed))
