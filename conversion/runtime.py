@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dreamlite_jax import cli, pictures
+from dreamlite_jax import cli, pictures, settings
 from dreamlite_jax.config import ModelConfig, from_dict
 from dreamlite_jax.diffusion.schedule import TIMESTEPS, sampling_sigmas, shift_mu
 from dreamlite_jax.errors import UserError
@@ -345,28 +345,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def settings(args: argparse.Namespace, prompt: str, config: ModelConfig) -> dict[str, Any]:
-    """What made a picture, for its metadata."""
-    chosen = {name: getattr(args, name) for name in ("steps", "guidance_scale", "image_guidance_scale")}
-    chosen = {name: getattr(config, name) if value is None else value for name, value in chosen.items()}
-    paths = {"image": str(args.image) if args.image else None, "model": str(args.model)}
-    return {"prompt": prompt, "seed": args.seed, **chosen, **paths}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     runtime = Runtime(args.model, threads=args.threads)
     if args.output.suffix.lower() != ".png":
         raise UserError(f"--output {args.output} must end in .png: the settings are stored in the file as PNG metadata")
-    cli.check_writable("--output", args.output.parent)
+    cli.check_file("--output", args.output)
+    settings.check_source_stays(args.image, [args.output])
     begin, prompt = time.perf_counter(), args.prompt
     if args.states:
         task, prompt = runtime.read_states(args.states)
         if (task == "edit") != (args.image is not None):
             raise UserError(f"--states {args.states} is of task {task}; --image goes with edit, and with nothing else")
+    image = pictures.read_picture(args.image) if args.image else None
+    size = runtime.width, runtime.height
+    about = settings.of_picture(runtime.config, prompt, args.image, vars(args), size, str(args.model))
     pixels = runtime.generate(
         prompt,
-        pictures.read_picture(args.image) if args.image else None,
+        image,
         steps=args.steps,
         guidance_scale=args.guidance_scale,
         image_guidance_scale=args.image_guidance_scale,
@@ -374,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report=lambda line: print(line, file=sys.stderr),
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    pictures.save_png(args.output, pixels, {"dreamlite_litert": json.dumps(settings(args, prompt, runtime.config))})
+    pictures.save_png(args.output, pixels, settings.as_text({**about, "seed": args.seed}))
     loads = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in runtime.load_seconds.items())
     print(f"first load: {loads}")
     print(f"{args.output}: {time.perf_counter() - begin:.2f} s in all, peak memory {peak_memory_bytes() / 1e6:.0f} MB")

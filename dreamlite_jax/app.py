@@ -1,30 +1,34 @@
 """A page to generate and edit in a browser: python -m dreamlite_jax.app [--model DIR] [--port N]. Needs `[app]`.
 
 DIR is what `dreamlite_jax.sample` takes. The page is then at http://127.0.0.1:7860; nothing is sent elsewhere. Pictures
-carry their settings, as those of `sample`, and are kept until the command ends.
+carry their settings, as those of `sample`. They and all uploads are kept until the command ends (Ctrl-C or SIGTERM).
 """
 
 import argparse
+import atexit
+import contextlib
 import contextvars
-import functools
 import html
 import importlib.util
-import json
 import os
 import random
+import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dreamlite_jax import cli, pictures
+from dreamlite_jax import cli, pictures, settings
 from dreamlite_jax.config import ModelConfig, image_size
 from dreamlite_jax.errors import UserError
 
 MOST_IMAGES = 8
+MOST_BYTES = "200mb"  # of an upload
 SMALL = 256  # px: pictures of models below it are shown enlarged, with hard edges
 # A gallery grows with its pictures; as it is, it scrolls inside the page and cuts a square one off.
 CSS = ".grid-wrap.fixed-height { min-height: 12rem !important; max-height: none !important; overflow-y: visible; }\n"
@@ -61,10 +65,12 @@ class Studio:
         *,
         editing: bool,
         progress: Callable[[int, int], None] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         """(pictures made, what was predicted at each step for the first), each as (path, caption).
 
-        Numbers come from sliders and boxes, which give floats, or None when emptied.
+        Numbers come from sliders and boxes, which give floats, or None when emptied. `source` is the file of an upload,
+        called by its name alone; `say` is told what is assumed of it.
 
         Raises:
           UserError: whatever `Model.run` refuses; an edit without a source; an emptied number box.
@@ -75,21 +81,27 @@ class Studio:
         if editing:
             if not source:
                 raise UserError("there is no picture to edit; choose one first")
-            picture = pictures.read_picture(source)
+            picture = pictures.read_picture(source, say, name=Path(source).name)
         seeds = [int(seed) + i for i in range(int(count))]
-        settings = {
+        chosen = {
             "steps": int(steps), "guidance_scale": float(guidance_scale),
-            "image_guidance_scale": float(image_guidance_scale), "width": int(width), "height": int(height),
+            "image_guidance_scale": float(image_guidance_scale),
         }  # fmt: skip
+        size = int(width), int(height)
+        about = settings.of_picture(
+            self.model.config, prompt, source if editing else None, chosen, size, self.name,
+            shown=Path(source).name if editing else None,
+        )  # fmt: skip
         result = self.model.run(
             [prompt] * len(seeds),
             images=[picture] * len(seeds) if editing else None,
             seeds=seeds,
             progress=progress,
-            **settings,
+            width=size[0],
+            height=size[1],
+            **chosen,
         )
         self._made += 1
-        about = {"prompt": prompt, **settings, "model": self.name}
         made = [
             (self._save(f"{seed}.png", image, {**about, "seed": seed}), f"seed {seed}")
             for seed, image in zip(seeds, result.images, strict=True)
@@ -103,7 +115,7 @@ class Studio:
     def _save(self, name: str, image: np.ndarray, about: dict[str, Any]) -> str:
         folder = self.folder / f"{self._made:05d}"
         folder.mkdir(exist_ok=True)
-        pictures.save_png(folder / name, image, {"dreamlite_jax": json.dumps(about)})
+        pictures.save_png(folder / name, image, settings.as_text(about))
         return str(folder / name)
 
 
@@ -119,11 +131,15 @@ def build(studio: Studio) -> Any:
         def report(step: int, steps: int) -> None:
             here.copy().run(progress, (step - 1, steps), desc="sampling", unit="steps")
 
-        try:
-            return studio.run(*inputs, editing=editing, progress=report)
-        except UserError as error:
-            message = html.escape(str(error))  # shown as HTML, and it may quote the prompt
-            raise gr.Error(message, title="Please change", duration=None, print_exception=False) from None
+        with complaints(gr):
+            return studio.run(*inputs, editing=editing, progress=report, say=say)
+
+    def say(note: str) -> None:
+        gr.Warning(html.escape(note), title="Please note", duration=None)
+
+    def sizes(source: str) -> tuple[int, int]:
+        with complaints(gr):
+            return source_size(config, source)
 
     # Gradio counts the parameters, and gives a `gr.Progress` where it finds one among the defaults.
     def generate(prompt, width, height, steps, guidance, image_guidance, seed, count, progress=gr.Progress()):  # noqa: B008
@@ -143,7 +159,6 @@ def build(studio: Studio) -> Any:
                     with gr.Accordion("What the model predicted at each step", open=False, elem_id=f"{task}_preview"):
                         steps = gallery(gr, "Steps of the first picture", f"{task}_steps", columns=6)
                 if task == "edit" and config.edit_size == "source":
-                    sizes = functools.partial(source_size, config)
                     inputs["source"].upload(sizes, inputs["source"], inputs["size"], api_visibility="private")
                 inputs["button"].click(
                     function, list(inputs["values"]), [made, steps], concurrency_id="model", api_name=task
@@ -163,12 +178,13 @@ def controls(gr: Any, config: ModelConfig, task: str) -> dict[str, Any]:
     prompt = gr.Textbox(label=label, placeholder=example, lines=2, elem_id=f"{task}_prompt")
     source = []
     if task == "edit":
-        source = [
-            gr.Image(
-                label="Picture to edit", type="filepath", image_mode=None, sources=["upload", "clipboard"],
-                height=260, elem_id="edit_source",
-            )
-        ]  # fmt: skip
+        box = gr.Image(
+            label="Picture to edit", type="filepath", image_mode=None, sources=["upload", "clipboard"],
+            height=260, elem_id="edit_source",
+        )  # fmt: skip
+        # As it was uploaded: Gradio would open the file first, and answer with its own traceback what it cannot read.
+        box.preprocess = lambda uploaded: uploaded and uploaded.path
+        source = [box]
     button = gr.Button(task.capitalize(), variant="primary", elem_id=f"{task}_button")
     with gr.Row(equal_height=True):
         seed = gr.Number(0, label="Seed of the first", precision=0, minimum=0, elem_id=f"{task}_seed")
@@ -192,6 +208,16 @@ def controls(gr: Any, config: ModelConfig, task: str) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def complaints(gr: Any) -> Iterator[None]:
+    """Bad input is said on the page."""
+    try:
+        yield
+    except UserError as error:
+        message = html.escape(str(error))  # shown as HTML, and it may quote the prompt
+        raise gr.Error(message, title="Please change", duration=None, print_exception=False) from None
+
+
 def largest_side(config: ModelConfig) -> int:
     """Of a picture on the page, in pixels."""
     return max(config.size_multiple, 2 * config.native_size // config.size_multiple * config.size_multiple)
@@ -199,7 +225,7 @@ def largest_side(config: ModelConfig) -> int:
 
 def source_size(config: ModelConfig, path: str) -> tuple[int, int]:
     """(width, height) of an edit of a picture: its own, as far as the page and the network go."""
-    size = pictures.read_picture(path).size
+    size = pictures.read_picture(path, lambda note: None, name=Path(path).name).size  # notes are made by the edit
     shrink = min(1.0, largest_side(config) / max(size))
     return image_size(config, None, None, tuple(max(config.size_multiple, int(shrink * side)) for side in size))
 
@@ -222,22 +248,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs gradio, which is not installed; pip install 'dreamlite_jax[app]'")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    with temporary_folder() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")  # read when Gradio is imported
+        (folder / "made").mkdir()
+        serve(args, folder)
+    return 0
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for what is uploaded and drawn, gone at the end: of SIGTERM and a closed terminal as of Ctrl-C."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # which Python lets nobody else handle
+    # What is ignored stays so: nohup asks for it.
+    before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    if within := os.environ.get("GRADIO_TEMP_DIR"):
+        Path(within).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="dreamlite_", dir=within))
+    # Once more when the threads have ended: one may be writing a picture just now.
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        for number in before:  # no second Ctrl-C in the middle of it
+            signal.signal(number, signal.SIG_IGN)
+        shutil.rmtree(folder, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve(args: argparse.Namespace, folder: Path) -> None:
+    """Serves the page until it is interrupted."""
     from dreamlite_jax import load_model
 
     model = load_model(args.model)
     import gradio as gr
 
-    with tempfile.TemporaryDirectory(prefix="dreamlite_") as folder:
-        page = build(Studio(model, args.model.name or str(args.model), Path(folder)))
-        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # fetches no fonts
-        try:
-            page.launch(
-                server_name=args.host, server_port=args.port, share=False, inbrowser=False, show_error=True,
-                allowed_paths=[folder], theme=theme, css=CSS + SMALL_CSS * (model.config.native_size < SMALL),
-            )  # fmt: skip
-        except OSError as error:
-            raise UserError(f"--port {args.port} cannot be served on {args.host}: {error}") from error
-    return 0
+    studio = Studio(model, args.model.name or str(args.model), folder / "made")
+    page = build(studio)
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # fetches no fonts
+    try:
+        page.launch(
+            server_name=args.host, server_port=args.port, share=False, inbrowser=False, show_error=True,
+            allowed_paths=[str(studio.folder)], theme=theme, css=CSS + SMALL_CSS * (model.config.native_size < SMALL),
+            max_file_size=MOST_BYTES,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"--port {args.port} cannot be served on {args.host}: {error}") from error
+    finally:
+        page.close(verbose=False)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ dreamlite_jax; --preview shows what the model predicted at each step.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from PIL import Image
 
-from dreamlite_jax import cli
+from dreamlite_jax import cli, settings
 from dreamlite_jax.config import ModelConfig, image_size
 from dreamlite_jax.errors import UserError
 
@@ -74,6 +73,7 @@ def check(args: argparse.Namespace) -> Job:
         raise UserError(f"--output {args.output} must end in .png: the settings are stored in the file as PNG metadata")
     if args.output.is_dir():
         raise UserError(f"--output {args.output} is a folder; name a file in it")
+    settings.check_source_stays(args.image, outputs(args.output, args.num_images))
     if args.preview and args.preview.exists() and (not args.preview.is_dir() or any(args.preview.iterdir())):
         raise UserError(f"--preview {args.preview} is not an empty folder; choose another")
     cli.check_writable("--output", args.output.parent)
@@ -106,11 +106,8 @@ class StepBar:
 
 def settings_of(args: argparse.Namespace, job: Job) -> dict[str, Any]:
     """What made the images, defaults resolved: the PNGs carry it as metadata."""
-    chosen = {name: getattr(job.config, name) for name in ("steps", "guidance_scale", "image_guidance_scale")}
-    chosen |= {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
-    chosen |= {"width": job.width, "height": job.height}
-    about = {"prompt": args.prompt, "image": str(args.image) if args.image else None, **chosen}
-    return {**about, "model": cli.model_name(args.model)}
+    size, model = (job.width, job.height), cli.model_name(args.model)
+    return settings.of_picture(job.config, args.prompt, args.image, vars(args), size, model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_model(args.model)
     started = time.monotonic()
     seeds = [args.seed + i for i in range(args.num_images)]
-    settings = settings_of(args, job)
-    options = {k: settings[k] for k in ("steps", "guidance_scale", "image_guidance_scale", "width", "height")}
+    about = settings_of(args, job)
+    options = {k: about[k] for k in ("steps", "guidance_scale", "image_guidance_scale", "width", "height")}
     bar = StepBar()
     result = model.run(
         [args.prompt] * args.num_images,
@@ -134,13 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in filter(None, (args.output.parent, args.preview)):
         folder.mkdir(parents=True, exist_ok=True)
     for path, pixels, seed in zip(outputs(args.output, args.num_images), result.images, seeds, strict=True):
-        pictures.save_png(path, pixels, {"dreamlite_jax": json.dumps({**settings, "seed": seed})})
+        pictures.save_png(path, pixels, settings.as_text({**about, "seed": seed}))
         print(path)
     if args.preview:
         for step, latents in enumerate(result.trajectory):
             row = np.concatenate(list(model.decode_latents(latents)), axis=1)
-            about = {**settings, "seeds": seeds, "step": step + 1}
-            pictures.save_png(args.preview / f"step_{step:02d}.png", row, {"dreamlite_jax": json.dumps(about)})
+            text = settings.as_text({**about, "seeds": seeds, "step": step + 1})
+            pictures.save_png(args.preview / f"step_{step:02d}.png", row, text)
     print(f"{args.num_images} image(s) in {time.monotonic() - started:.1f}s, compilation included", file=sys.stderr)
     return 0
 

@@ -1,11 +1,13 @@
-"""The page in a real browser: an image is generated and an edit made through it, and bad input is said on it."""
+"""The page, by HTTP and in a real browser: images are generated and edited, bad input is said, nothing stays behind."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from dreamlite_jax import app, model_folder
+from dreamlite_jax import app, model_folder, pictures
 from dreamlite_jax.errors import UserError
 
 FLAGS = (
@@ -81,7 +83,8 @@ def test_pictures_have_their_seeds_and_settings(model, tmp_path):
         assert image.size == (16, 24)
         settings = json.loads(image.text["dreamlite_jax"])
     assert settings == {
-        "prompt": "a cat", "steps": 2, "guidance_scale": 2.5, "image_guidance_scale": 1.5, "width": 16, "height": 24,
+        "task": "generate", "prompt": "a cat", "image": None, "image_sha256": None,
+        "steps": 2, "guidance_scale": 2.5, "image_guidance_scale": 1.5, "width": 16, "height": 24,
         "model": "tiny", "seed": 8,
     }  # fmt: skip
     last = np.asarray(Image.open(shown[-1][0])).astype(int)
@@ -96,6 +99,8 @@ def test_an_edit_takes_the_picture(model, tmp_path, source):
         "make it red", str(source), 16.0, 16.0, 1.0, 2.0, 1.5, 0.0, 1.0, editing=True
     )
     assert len(made) == 1
+    settings = json.loads(Image.open(made[0][0]).text["dreamlite_jax"])
+    assert (settings["task"], settings["image"]) == ("edit", "source.png") and len(settings["image_sha256"]) == 64
     [image] = recording.asked[0][1]["images"]
     np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(source)))
 
@@ -127,7 +132,7 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
         app.main(["--model", "model"])
 
 
-# ------------------------------------------------------------------------------------------------ in a browser
+# ---------------------------------------------------------------------------------------------------- the server
 
 
 def free_port() -> int:
@@ -136,29 +141,143 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def address(folder, tmp_path_factory):
-    """The page, served by the command itself."""
-    pytest.importorskip("gradio", reason="gradio is not installed; it is the extra [app]")
-    log = tmp_path_factory.mktemp("log") / "app.log"
-    port = free_port()
-    command = [sys.executable, "-m", "dreamlite_jax.app", "--model", str(folder), "--port", str(port)]
-    environment = {**os.environ, "XLA_FLAGS": "", "no_proxy": "127.0.0.1,localhost"}
-    with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    try:
+class Server:
+    """The page, served by the command itself, whose temporary files go to `temporary`."""
+
+    def __init__(self, folder: Path, root: Path):
+        self.temporary, self.log, port = root / "tmp", root / "app.log", free_port()
+        self.temporary.mkdir()
+        command = [sys.executable, "-m", "dreamlite_jax.app", "--model", str(folder), "--port", str(port)]
+        environment = {**os.environ, "XLA_FLAGS": "", "no_proxy": "127.0.0.1,localhost", "TMPDIR": str(self.temporary)}
+        environment.pop("GRADIO_TEMP_DIR", None)
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        self.address = f"http://127.0.0.1:{port}/"
         deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
+                urllib.request.urlopen(self.address, timeout=5).close()
                 break
             except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.process.kill()
+                    raise AssertionError(self.log.read_text()) from None
                 time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}/"
+
+    def files(self) -> list[str]:
+        """Pictures and uploads that lie in the temporary folder."""
+        return [str(path) for path in self.temporary.rglob("*") if path.is_file()]
+
+    def end(self, number: signal.Signals) -> None:
+        """Ends the command by a signal; nothing may be left."""
+        self.process.send_signal(number)
+        self.process.wait(60)
+        assert not list(self.temporary.iterdir())
+        assert "Traceback" not in self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    pytest.importorskip("gradio", reason="gradio is not installed; it is the extra [app]")
+    served = Server(folder, tmp_path_factory.mktemp("server"))
+    try:
+        yield served
+        assert served.files()  # else there is nothing to remove
+        served.end(signal.SIGTERM)
     finally:
-        server.terminate()
-        server.wait(20)
+        served.process.kill()
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    return server.address
+
+
+# ------------------------------------------------------------------------------------------------------ by HTTP
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    from gradio_client import Client
+
+    return Client(address, verbose=False, analytics_enabled=False)
+
+
+def edit(client, path):
+    """Paths of the pictures that the page makes of an upload."""
+    from gradio_client import handle_file
+
+    values = {"prompt": "make it blue", "width": 16, "height": 16, "steps": 1, "seed": 3, "count": 1}
+    scales = {"guidance": 2.0, "image_guidance": 1.5}
+    made, _ = client.predict(**values, **scales, source=handle_file(path), api_name="/edit")
+    return [picture["image"] for picture in made]
+
+
+def test_an_edit_names_its_source(client, source):
+    [path] = edit(client, source)
+    settings = json.loads(Image.open(path).text["dreamlite_jax"])
+    assert (settings["task"], settings["image"], settings["seed"]) == ("edit", "source.png", 3)
+    assert settings["image_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def unreadable(path, kind):
+    if kind == "text":
+        path.write_text("not a picture")
+    elif kind == "HEIC":
+        path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    elif kind == "cut":
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:4000])
+    elif kind == "floats":
+        Image.fromarray(np.tile(np.float32([0, 300]), (16, 8))).save(path, "TIFF")
+    elif kind == "huge":
+        Image.new("1", (20000, 10000)).save(path)
+    else:
+        Image.new("RGB", (3, 40)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("text", "cannot be read as a picture (it is of no kind that is known); PNG, JPEG and WebP work"),
+        ("HEIC", "cannot be read as a picture (it is HEIC); PNG, JPEG and WebP work"),
+        ("cut", "cannot be read as a picture (image file is truncated"),
+        ("floats", "has floating-point values from 0 to 300 (mode F)"),
+        ("huge", "has more than 178956970 pixels; scale it down"),
+        ("tiny", "is 3x40 pixels; each side must be at least 8"),
+    ],
+)
+def test_an_unreadable_upload_is_said_as_on_the_command_line(client, server, tmp_path, kind, says):
+    """By its name, without folders of the server."""
+    from gradio_client.exceptions import AppError
+
+    unreadable(tmp_path / "upload.png", kind)
+    with pytest.raises(AppError) as refused:
+        edit(client, tmp_path / "upload.png")
+    with pytest.raises(UserError) as by_command:
+        pictures.read_picture(tmp_path / "upload.png")
+    said = str(refused.value)
+    assert said.startswith(f"image upload.png {says}")
+    assert said == str(by_command.value).replace(f"{tmp_path}/", "")
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_nothing_is_left_however_the_page_ends(folder, source, tmp_path, number):
+    from gradio_client import Client
+
+    served = Server(folder, tmp_path)
+    try:
+        edit(Client(served.address, verbose=False, analytics_enabled=False), source)
+        assert any("source.png" in path for path in served.files())
+        assert not [path for path in served.files() if "dreamlite_" not in path]  # all in the one folder
+        served.end(number)
+    finally:
+        served.process.kill()
+
+
+# ------------------------------------------------------------------------------------------------ in a browser
 
 
 @pytest.fixture(scope="module")

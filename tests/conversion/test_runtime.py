@@ -1,6 +1,8 @@
 """The runtime without JAX beside the sampler."""
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -81,7 +83,23 @@ def test_the_command_runs_without_jax(litert_model, picture, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "first load: text" in done.stdout and "peak memory" in done.stdout
     assert Image.open(output).size == (32, 32)
-    assert json.loads(Image.open(output).text["dreamlite_litert"])["steps"] == 4
+    about = json.loads(Image.open(output).text["dreamlite_jax"])
+    assert about == {
+        "task": "edit", "prompt": PROMPT, "image": str(picture), "steps": 4, "width": 32, "height": 32, "seed": 0,
+        "image_sha256": hashlib.sha256(picture.read_bytes()).hexdigest(), "model": str(litert_model),
+        "guidance_scale": about["guidance_scale"], "image_guidance_scale": about["image_guidance_scale"],
+    }  # fmt: skip
+
+
+def test_the_source_of_an_edit_is_not_overwritten(litert_model, picture, tmp_path):
+    os.link(picture, tmp_path / "same.png")
+    edit = ["--model", str(litert_model), "--prompt", PROMPT, "--image", str(picture)]
+    for output in (picture, tmp_path / "same.png"):
+        with pytest.raises(UserError, match=r"--output .* is the picture that --image .* names"):
+            runtime.main([*edit, "--output", str(output)])
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match=r"folder.png is a folder; name a file in it"):  # before anything is drawn
+        runtime.main(["--model", str(litert_model), "--prompt", PROMPT, "--output", str(tmp_path / "folder.png")])
 
 
 def test_components_are_released_and_prompts_remembered(litert_model):
