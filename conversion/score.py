@@ -17,6 +17,7 @@ from PIL import Image
 
 from dreamlite_jax import cli
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.evals import floors
 from dreamlite_jax.json_files import write_json
 
 from . import outputs
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names:
             line = "   ".join(f"{report['recipe']} {report[task][name]:.3f}" for report in reports)
             print(f"{name:<18} {line}" + (f"   drop {drops(*reports)[name]:+.1f} points" if args.against else ""))
+            print(f"{'':<18} without a model: {floors.beside(reports[0][task], name, '.3f')}")
     passed = not args.against or max(result["drop_points"].values()) <= args.most_drop
     if args.output:
         write_json(args.output, {**result, "passed": passed})

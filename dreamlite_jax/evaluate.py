@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.check_writable("--output", args.output)
 
     from dreamlite_jax import load_model
+    from dreamlite_jax.evals import floors
     from dreamlite_jax.evals.sprites import Protocol, evaluate
     from dreamlite_jax.model_folder import new_folder
 
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             spread = {name: f" ± {value:.3f}" for name, value in scores[task].get("spread", {}).items()}
             numbers = {name: value for name, value in scores[task].items() if isinstance(value, float)}
             print(f"  {task}: " + "  ".join(f"{k} {v:.3f}{spread.get(k, '')}" for k, v in numbers.items()))
+            for line in floors.lines(scores[task]):
+                print(f"    without a model, {line}")
     return 0
 
 

@@ -173,7 +173,11 @@ def test_evaluate_appears_whole_or_not_at_all(root, monkeypatch, capsys):
     assert evaluate.main([*argv, "--output", "scores"]) == 0
     report = json.loads((root / "scores" / "report.json").read_text())
     assert 0 <= report["validation"]["generate"]["retrieval_hard"] <= 1
-    assert "sprites/validation, 8 items a task" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "sprites/validation, 8 items a task" in said
+    floors = report["validation"]["edit"]["floors"]
+    for name in ("light grey", "mean colour", "noise", "blank", "untouched"):
+        assert f"    without a model, {name}: edit_gain {floors[name]['edit_gain']:.3f}" in said
     assert sorted(p.name for p in (root / "scores").iterdir()) == [
         "edit_validation.png", "generate_validation.png", "report.json",
     ]  # fmt: skip

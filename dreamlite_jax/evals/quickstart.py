@@ -11,6 +11,7 @@ from PIL import Image
 
 from dreamlite_jax import cli, pictures
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.evals import floors
 
 STAGES = ("t2i", "edit", "joint")
 POST_STAGES = ("sft", "refl", "dmd2")  # of launch/quickstart.sh --full
@@ -88,10 +89,10 @@ def headline(report: dict[str, Any]) -> str:
         words.append("retrieval {retrieval_random:.2f} random, {retrieval_hard:.2f} hard".format(**scores["generate"]))
     if "edit" in scores:
         form = (
-            "edit gain {edit_gain:.2f}, unchanged {unchanged_psnr:.1f} dB, "
+            "edit gain {edit_gain:.2f} ({floors}), unchanged {unchanged_psnr:.1f} dB, "
             "objects made {objects_made:.2f}, kept {objects_kept:.2f}"
         )
-        words.append(form.format(**scores["edit"]))
+        words.append(form.format(**scores["edit"] | {"floors": floors.beside(scores["edit"], "edit_gain")}))
     return "; ".join(words)
 
 
@@ -146,7 +147,10 @@ def post_table(evals: dict[str, Any]) -> str:
         scores = evals[name]["heldout"]
         cells = [f"{scores[task][key]:.3f} ± {scores[task]['spread'][key]:.3f}" for _, task, key in columns]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + f"\n\nProtocol: {evals['dmd2']['heldout']['protocol']}."
+    beside = floors.beside(evals["dmd2"]["heldout"]["edit"], "edit_gain", ".3f")
+    return (
+        "\n".join(lines) + f"\n\nProtocol: {evals['dmd2']['heldout']['protocol']}. Edit gain without a model: {beside}."
+    )
 
 
 def table(report: dict[str, Any]) -> str:
@@ -189,7 +193,7 @@ def page(report: dict[str, Any]) -> str:
 {table(report)}
 
 Protocol: {report["evals"]["joint"]["validation"]["protocol"]}. Chance of retrieval is 0.125. Held-out scenes have
-object–colour and object–place pairs that never occur in training.
+object–colour and object–place pairs that never occur in training. In brackets: edit gain of pictures that no model made.
 
 {post}| required | value | least | holds |
 |---|---|---|---|

@@ -96,6 +96,8 @@ class Scored:
     def __call__(self, folder: Path, *_):
         hard = self.by_folder[folder.name]
         scores = {"generate": {"retrieval_random": 1.0, "retrieval_hard": hard}, "edit": {"edit_gain": 0.9}}
+        for task, values in scores.items():
+            values["floors"] = {"light grey": dict.fromkeys(scores[task], 0.125)}
         return {"protocol": "made up", "recipe": folder.name, **scores}
 
 
@@ -105,7 +107,9 @@ def test_a_score_that_drops_too_far_is_exit_code_one(monkeypatch, tmp_path, hard
     flags = ["--model", "int8", "--against", "fp32", "--output", str(tmp_path / "score.json")]
     assert score.main(flags) == code
     assert json.loads((tmp_path / "score.json").read_text())["passed"] is (code == 0)
-    assert ("DROPPED" in capsys.readouterr().out) == bool(code)
+    said = capsys.readouterr().out
+    assert ("DROPPED" in said) == bool(code)
+    assert said.count("without a model: light grey 0.125") == 3  # beside each score
 
 
 def test_the_benchmark_draws_with_the_converted_files(litert_model):

@@ -12,6 +12,7 @@ GOOD = {
     "generate": {"retrieval_random": 0.95, "retrieval_hard": 0.7, "mse": 0.01, "reward": -0.8},
     "edit": {"edit_gain": 0.96, "objects_made": 0.9, "objects_kept": 0.8, "unchanged_psnr": 23.0, "reward": -1.1},
 }
+FLOORS = {"light grey": {"edit_gain": 0.715}, "untouched": {"edit_gain": 0.0}}
 SPREAD = 0.004  # between draws
 
 
@@ -32,10 +33,13 @@ def work(tmp_path):
         for name in [*stages, *(("teacher", "undistilled") if full else ())]:
             lower = {"undistilled": 0.3, "sft": 0.05}.get(name, 0.0)
             scores = {task: {k: v - lower for k, v in values.items()} for task, values in GOOD.items()}
+            scores["edit"]["floors"] = FLOORS
             splits = ("validation", "heldout")
             if name not in quickstart.STAGES:
                 splits = ("heldout",)
-                scores = {task: {**values, "spread": dict.fromkeys(values, SPREAD)} for task, values in scores.items()}
+                scores = {
+                    task: {**values, "spread": dict.fromkeys(GOOD[task], SPREAD)} for task, values in scores.items()
+                }
             write(tmp_path / "evals" / name / "report.json", {s: {"protocol": "200 items", **scores} for s in splits})
         for i, name in enumerate(stages):
             clock = {"train": 100.0, "compile": 10.0, "pause": 10.0}
@@ -127,3 +131,14 @@ def test_post_training_must_win_and_not_lose(work, capsys, name, task, key, valu
 def test_a_folder_of_something_else_is_named(tmp_path):
     with pytest.raises(ValueError, match="is no quick start"):
         quickstart.main(["--workdir", str(tmp_path)])
+
+
+def test_floors_stand_beside_every_edit_gain(work):
+    folder = work(full=True)
+    report = quickstart.collect(folder)
+    said = "edit gain 0.96 (light grey 0.71, untouched 0.00), unchanged"
+    stages = [stage["numbers"] for stage in report["stages"]]
+    assert said in stages[1] and said in quickstart.held_out(report)
+    assert sum(said in numbers for numbers in stages) == sum("edit gain" in numbers for numbers in stages)
+    assert "Edit gain without a model: light grey 0.715, untouched 0.000." in quickstart.page(report)
+    assert "(floors unmeasured)" in quickstart.headline({"validation": GOOD})  # of a report that has none

@@ -10,7 +10,7 @@ from PIL import Image
 from dreamlite_jax.data.sprites import builder
 from dreamlite_jax.data.sprites.render import changed_region, render
 from dreamlite_jax.data.sprites.scenes import disguises
-from dreamlite_jax.evals import sprites
+from dreamlite_jax.evals import floors, sprites
 from dreamlite_jax.evals.sprites import Protocol
 
 N = 96
@@ -133,6 +133,42 @@ def test_the_change_must_be_in_the_right_place(edits):
     """Targets of other edits on the same kind of scene change something, but not what was asked."""
     scores = sprites.score_edits(edits, np.roll(pictures_of(edits), 8, axis=0), PROTOCOL)
     assert scores["edit_gain"] < 0.6 and scores["unchanged_psnr"] < 25
+
+
+def test_floors_are_what_plain_pictures_score(edits, scenes):
+    """Each as if a model had made it, on the same items and questions."""
+    sources = pictures_of(edits, "source")
+    grey = np.full((N, 64, 64, 3), floors.LIGHT_GREY, np.uint8)
+    mean = np.stack([np.broadcast_to(np.round(x.mean((0, 1))), x.shape) for x in sources]).astype(np.uint8)
+    plain = floors.plain_pictures(N, 64, 0, sources)
+    assert list(plain) == list(floors.FLOORS)
+    for name, pictures in (
+        ("light grey", grey),
+        ("mean colour", mean),
+        ("blank", 0 * grey + 255),
+        ("untouched", sources),
+    ):
+        assert np.array_equal(plain[name], pictures)
+    assert plain["noise"].std() > 70 and not np.array_equal(plain["noise"][0], plain["noise"][1])
+    assert set(floors.plain_pictures(N, 64, 0)) == {"light grey", "noise", "blank"}  # what needs no source
+
+    grey_answers, exact = [*grey[:16], *grey[:16]], [*pictures_of(scenes)[:16], *pictures_of(edits)[:16]]
+    protocol = dataclasses.replace(PROTOCOL, items=16, batch_size=16)
+    of_grey, of_exact = (
+        sprites.evaluate(Painter(answers), protocol, ("generate", "edit")) for answers in (grey_answers, exact)
+    )
+    for task in ("generate", "edit"):
+        assert of_grey[task]["floors"] == of_exact[task]["floors"]
+        assert of_grey[task]["floors"]["light grey"] == floors.numbers(of_grey[task])
+    assert of_exact["edit"]["floors"]["untouched"]["edit_gain"] == 0.0
+    beside = floors.beside(of_exact["edit"], "edit_gain", ".3f")
+    assert beside.startswith(f"light grey {of_grey['edit']['edit_gain']:.3f}, mean colour")
+
+
+def test_grey_gains_by_the_rule_and_makes_nothing(edits):
+    """Why edit gain has floors: plain grey is nearer to most targets than the source is."""
+    scores = sprites.score_edits(edits, np.full((N, 64, 64, 3), floors.LIGHT_GREY, np.uint8), PROTOCOL)
+    assert scores["edit_gain"] > 0.6 and scores["objects_made"] < 0.2 and scores["objects_kept"] < 0.35
 
 
 class Painter:
