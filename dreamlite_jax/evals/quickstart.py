@@ -193,7 +193,8 @@ def page(report: dict[str, Any]) -> str:
 {table(report)}
 
 Protocol: {report["evals"]["joint"]["validation"]["protocol"]}. Chance of retrieval is 0.125. Held-out scenes have
-object–colour and object–place pairs that never occur in training. In brackets: edit gain of pictures that no model made.
+object–colour and object–place pairs that never occur in training. In brackets stands the edit gain of pictures that no
+model made.
 
 {post}| required | value | least | holds |
 |---|---|---|---|

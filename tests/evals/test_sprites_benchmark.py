@@ -142,12 +142,8 @@ def test_floors_are_what_plain_pictures_score(edits, scenes):
     mean = np.stack([np.broadcast_to(np.round(x.mean((0, 1))), x.shape) for x in sources]).astype(np.uint8)
     plain = floors.plain_pictures(N, 64, 0, sources)
     assert list(plain) == list(floors.FLOORS)
-    for name, pictures in (
-        ("light grey", grey),
-        ("mean colour", mean),
-        ("blank", 0 * grey + 255),
-        ("untouched", sources),
-    ):
+    expected = {"light grey": grey, "mean colour": mean, "blank": 0 * grey + 255, "untouched": sources}
+    for name, pictures in expected.items():
         assert np.array_equal(plain[name], pictures)
     assert plain["noise"].std() > 70 and not np.array_equal(plain["noise"][0], plain["noise"][1])
     assert set(floors.plain_pictures(N, 64, 0)) == {"light grey", "noise", "blank"}  # what needs no source
