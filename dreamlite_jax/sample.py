@@ -28,7 +28,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.documented("dreamlite_jax.sample", __doc__)
     cli.add_model(parser)
     parser.add_argument("--prompt", required=True, help="what to draw, or with --image what to change")
-    parser.add_argument("--image", type=Path, help="source of an edit; PNG, JPEG or WebP; its colours are converted to sRGB")
+    parser.add_argument("--image", type=Path, help="source of an edit; PNG, JPEG or WebP")
     parser.add_argument("--output", required=True, type=Path, help="PNG; with several images a number is added")
     parser.add_argument("--steps", type=int, help="default: the model's own, as for the scales")
     parser.add_argument("--guidance_scale", type=float, help="of the prompt; 1 (and 1 below, for an edit): no guidance")
