@@ -20,7 +20,7 @@ import numpy as np
 from dreamlite_jax import cli
 from dreamlite_jax.errors import UserError
 
-from . import apart, npu
+from . import apart, extras, npu
 from .audit import Operation, Tensor, audit, operations, random_input, read_metadata
 
 # Of the output's range. Under int8 recipes the CPU rounds activations to 8 bits and the GPU computes in float.
@@ -253,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from .runtime import read_manifest
 
+    extras.check("delegates", extras.LITERT)
     npu.check_soc(args.npu_soc)
     manifest = read_manifest(args.model)
     found = {

@@ -81,7 +81,7 @@ def _leaf(array: np.ndarray, key: str, module: str) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-# --- norms and softmax as single operations, for formats that have them
+# --- single operations, for formats that have them
 
 _MARK_NATIVE: contextvars.ContextVar[bool] = contextvars.ContextVar("mark_native", default=False)
 
@@ -97,6 +97,48 @@ def marked_native() -> Iterator[None]:
         yield
     finally:
         _MARK_NATIVE.reset(token)
+
+
+_WRITTEN_OUT: contextvars.ContextVar[bool] = contextvars.ContextVar("written_out", default=False)
+
+
+@contextlib.contextmanager
+def written_out() -> Iterator[None]:
+    """While tracing in here, nothing is a composite and erf is `rational_erf`: plain arithmetic, for TensorFlow.
+
+    TensorFlow 2.21 reads neither the composites of this JAX nor its erf.
+    """
+    token = _WRITTEN_OUT.set(True)
+    try:
+        yield
+    finally:
+        _WRITTEN_OUT.reset(token)
+
+
+def _single(name: str, function: Callable[..., Array]) -> Callable[..., Array]:
+    """A function of arrays as the one operation `name` that a format has for it, with attributes as keywords."""
+
+    def run(*args: Array, **_: Any) -> Array:
+        return function(*args)
+
+    return run if _WRITTEN_OUT.get() else jax.lax.composite(run, name)
+
+
+# The rational approximation of erf that XLA itself expands erf into (from Eigen), highest power of x² first. Beyond
+# _ERF_END it is 1 in float32.
+_ERF_ABOVE = (2.2905065861350646e-4, 3.4082910107109506e-3, 5.0955695062380861e-2, 1.8520832239976145e-1,
+              1.128379143519084)  # fmt: skip
+_ERF_BELOW = (-1.1791602954361697e-7, 2.3547966471313185e-5, 1.0179625278914885e-3, 1.4070470171167667e-2,
+              1.1098505178285362e-1, 4.9746925110067538e-1, 1.0)  # fmt: skip
+_ERF_END = 3.7439211627767994
+
+
+def rational_erf(x: Array) -> Array:
+    """erf of float32 within 3.2e-7, as `jax.lax.erf` on CPU, by products, sums and one quotient."""
+    x = jnp.clip(x, -_ERF_END, _ERF_END)
+    above, below = (functools.reduce(lambda y, c: y * (x * x) + np.float32(c), table[1:], np.float32(table[0]))
+                    for table in (_ERF_ABOVE, _ERF_BELOW))  # fmt: skip
+    return x * above / below
 
 
 # --- half precision
@@ -136,7 +178,7 @@ def _unit_rms(y: Array, axes: tuple[int, ...], eps: float) -> Array:
 def _native(name: str, function: Callable[..., Array], *args: Array, **attributes: Any) -> Array:
     if not _MARK_NATIVE.get():
         return function(*args)
-    return jax.lax.composite(lambda *args, **_: function(*args), f"native.{name}")(*args, **attributes)
+    return _single(f"native.{name}", function)(*args, **attributes)
 
 
 # --- layers
@@ -205,23 +247,23 @@ def silu(x: Array) -> Array:
 
 def gelu(x: Array) -> Array:
     """Exact GELU as the one op that LiteRT has for it."""
-    return jax.lax.composite(lambda x, **_: blocks.gelu(x), "aten.gelu.default")(x, approximate="none")
+    erf = rational_erf if _WRITTEN_OUT.get() else jax.lax.erf
+    return _single("aten.gelu.default", lambda x: blocks.gelu(x, erf))(x, approximate="none")
 
 
 def embedding_lookup(ids: Array, table: Array) -> Array:
     """Rows (n, d) of a table for int32 ids (n,): EMBEDDING_LOOKUP. A plain gather is GATHER_ND, which GPUs refuse."""
 
-    def rows(ids: Array, table: Array, **_: Any) -> Array:
+    def rows(ids: Array, table: Array) -> Array:
         return jnp.asarray(table).at[ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
-    return jax.lax.composite(rows, "odml.embedding_lookup")(ids, table)
+    return _single("odml.embedding_lookup", rows)(ids, table)
 
 
 def upsample_nearest(x: Array) -> Array:
     """Each pixel becomes a 2x2 block (RESIZE_NEAREST_NEIGHBOR)."""
     size = np.array([2 * x.shape[1], 2 * x.shape[2]], np.int32)
-    repeat = jax.lax.composite(lambda x, **_: blocks.upsample_nearest(x), "tfl.resize_nearest_neighbor")
-    return repeat(x, size=size)
+    return _single("tfl.resize_nearest_neighbor", blocks.upsample_nearest)(x, size=size)
 
 
 def scale_queries(tree: dict[str, Any], name: str, factor: float) -> None:

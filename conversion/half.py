@@ -21,7 +21,7 @@ from dreamlite_jax import cli, model_folder
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import write_json
 
-from . import exports, graph, outputs, quantize, runtime
+from . import exports, extras, graph, outputs, quantize, runtime
 from .graph import CALLS, Graph, Sizes
 from .parity import meaningful, relative_rms
 
@@ -149,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.calls < 1:
         raise UserError(f"--calls is {args.calls}; it must be at least 1")
     outputs.check_file(args.output)
+    extras.check("half", extras.LITERT)
     rows = measure(model_folder.find_model(args.model), args.litert, args.calls)
     for name, row in rows.items():
         print(

@@ -20,19 +20,24 @@ from dreamlite_jax import cli
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import read_json, write_json
 
-from . import apart, outputs
-from .resources import peak_memory_bytes
+from . import apart, extras, outputs
+from .resources import bounded_threads, peak_memory_bytes
 
 Call = Callable[[], Any]
+ENGINES = {  # the file that tells a folder's engine, and the modules that the engine is
+    "litert": ("unet.tflite", extras.LITERT),
+    "onnx": ("unet.onnx", extras.ONNX),
+    "torch": ("unet/config.json", ("torch", "diffusers")),
+}
 
 
 def kind_of(folder: Path) -> str:
     """Which engine a folder is for: "litert", "onnx" or "torch"."""
-    files = {"litert": "unet.tflite", "onnx": "unet.onnx", "torch": "unet/config.json"}
-    for kind, file in files.items():
+    for kind, (file, _) in ENGINES.items():
         if (folder / file).is_file():
             return kind
-    raise UserError(f"{folder} has none of {', '.join(files.values())}; convert the U-Net there first")
+    files = ", ".join(file for file, _ in ENGINES.values())
+    raise UserError(f"{folder} has none of {files}; convert the U-Net there first")
 
 
 def ports_of(folder: Path) -> list[dict[str, Any]]:
@@ -172,6 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--threads is {args.threads} and --calls is {args.calls}; both must be at least 1")
     runs = chosen_runs(args.run)
     sample, text_length = chosen_shapes(args, runs)
+    for kind in {kind_of(folder) for folder in runs.values()}:
+        extras.check(f"latency of a {kind} folder", ENGINES[kind][1], "test" if kind == "torch" else "convert")
+    args.threads = bounded_threads(args.threads)
     outputs.check_file(args.output)
     head = protocol(args, sample, text_length)
     print(head, flush=True)

@@ -20,7 +20,7 @@ from .graph_ops import marked_native
 
 TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 EXTERNAL_BYTES = 512 * 1024**2  # above this the weights go to a file of their own
-# First operator set with the node; before it the arithmetic is written out.
+# First operator set with the node, of norms with a node for each; before it the arithmetic is written out.
 SINCE = {
     "native.layer_norm": 17,
     "aten.gelu.default": 20,
@@ -257,15 +257,26 @@ class _Writer:
             return [Value((*shape, inputs[1].shape[1]), nhwc=out)]
         if name == "tfl.resize_nearest_neighbor":
             return [self._resize(x)]
-        names = [self.nhwc(value) for value in inputs[1:]]  # scale and bias
         epsilon = float(attributes["eps"])
         if name == "native.group_norm":
-            out = self.node(
-                "GroupNormalization", [self.nchw(x), *names], epsilon=epsilon, num_groups=int(attributes["groups"])
-            )
-            return [Value(shape, nchw=out)]
+            return [self._group_norm(x, *inputs[1:], int(attributes["groups"]), epsilon)]
+        names = [self.nhwc(value) for value in inputs[1:]]  # scale and bias
         kind = {"native.layer_norm": "LayerNormalization", "native.rms_norm": "RMSNormalization"}[name]
         return [Value(shape, nhwc=self.node(kind, [self.nhwc(x), *names], axis=-1, epsilon=epsilon))]
+
+    def _group_norm(self, x: Value, scale: Value, bias: Value, groups: int, epsilon: float) -> Value:
+        """Instance normalisation of the groups, each one channel of (b, groups, c / groups · h · w).
+
+        GroupNormalization (operator set 21) says it in one node, but onnxruntime 1.31 expands that into 29 which take
+        the variance as E[x²] − E[x]²: no digit is left where the mean is a thousand deviations.
+        """
+        b, h, w, c = x.shape
+        joined = self.node("Reshape", [self.nchw(x), self._integers((b, groups, c // groups * h * w))])
+        ones, zeros = (self.constant(np.full(groups, v, np.float32), key=("groups", groups, v)) for v in (1.0, 0.0))
+        unit = self.node("InstanceNormalization", [joined, ones, zeros], epsilon=epsilon)
+        normalised = Value(x.shape, nchw=self.node("Reshape", [unit, self._integers((b, c, h, w))]))
+        scale, bias = (Value((1, 1, 1, c), array=value.array.reshape(1, 1, 1, c)) for value in (scale, bias))
+        return self._elementwise("Add", [self._elementwise("Mul", [normalised, scale], x.shape), bias], x.shape)
 
     def _resize(self, x: Value) -> Value:
         b, h, w, c = x.shape

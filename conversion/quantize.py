@@ -27,6 +27,7 @@ from dreamlite_jax.errors import UserError
 
 from . import parity
 from .audit import operations, random_input, read_metadata
+from .resources import cores
 from .runtime import SIGNATURE, Runtime, load_component
 
 Recipe = Literal["fp32", "fp16", "int8_dynamic", "int8_static", "int4_weights"]
@@ -224,9 +225,7 @@ def _observed_ranges(source: Path, inputs: Sequence[Inputs]) -> dict[str, Any]:
 
     manager = recipe_manager.RecipeManager()
     manager.load_quantization_recipe(_static_quantizer(source).get_quantization_recipe())
-    observer = calibrator.Calibrator(
-        str(source), num_threads=os.cpu_count() or 1, qsv_update_func=qsv_utils.min_max_update
-    )
+    observer = calibrator.Calibrator(str(source), num_threads=cores(), qsv_update_func=qsv_utils.min_max_update)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
         observer.calibrate({SIGNATURE: list(inputs)}, manager)
     return observer.get_model_qsvs()
@@ -254,14 +253,14 @@ def relative_rms(path: Path, samples: Samples) -> float:
 def random_samples(path: Path, count: int = 2) -> Samples:
     """Random inputs of a float32 file and its outputs, for a component converted alone."""
     ports = read_metadata(path)["inputs"]
-    run = load_component(path.parent, {"files": {"it": path.name}}, "it", os.cpu_count() or 1)
+    run = load_component(path.parent, {"files": {"it": path.name}}, "it", 0)
     inputs = [{port["name"]: random_input(port, seed) for port in ports} for seed in range(count)]
     return Samples(inputs, [parity.meaningful(some, run(**some)) for some in inputs])
 
 
 def compare(path: Path, samples: Samples, floor: parity.Floor) -> parity.Parity:
     """A quantised file beside the float32 outputs."""
-    run = load_component(path.parent, {"files": {"it": path.name}}, "it", os.cpu_count() or 1)
+    run = load_component(path.parent, {"files": {"it": path.name}}, "it", 0)
     found = [parity.meaningful(inputs, run(**inputs)) for inputs in samples.inputs]
     return parity.measure(samples.outputs, found, floor)
 

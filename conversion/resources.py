@@ -1,5 +1,7 @@
 """What a conversion takes of a machine, and what the machine has left: memory and disk. Without JAX."""
 
+import operator
+import os
 import resource
 import shutil
 import sys
@@ -17,6 +19,37 @@ def peak_memory_bytes() -> int:
         if line.startswith("VmHWM:"):  # `ru_maxrss` of a child begins with that of its parent
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def cores() -> int:
+    """Processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def bounded_threads(threads: int) -> int:
+    """A number of threads that kernels can be started with: 0 is one for each core, and more are not started.
+
+    LiteRT's kernels end the process without a word where the system gives them no more threads, and below that bound
+    more threads than cores are slower. What is not started is said in one line on stderr.
+
+    Raises:
+      UserError: a number that is negative or not whole.
+    """
+    try:
+        asked = operator.index(threads)
+    except TypeError:
+        asked = -1
+    if asked < 0 or isinstance(threads, bool):
+        raise UserError(f"threads is {threads!r}; it must be 0 (one for each core) or a positive whole number")
+    most = cores()
+    if asked > most:
+        print(
+            f"threads is {asked}; this process has {most} {'core' if most == 1 else 'cores'}: using {most}",
+            file=sys.stderr,
+        )
+    return min(asked, most) or most
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

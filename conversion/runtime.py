@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import sys
 import time
 import zipfile
@@ -28,8 +27,9 @@ from dreamlite_jax.diffusion.schedule import TIMESTEPS, sampling_sigmas, shift_m
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.text.templates import clean_prompt
 
+from . import extras
 from .noise import start_noise
-from .resources import peak_memory_bytes
+from .resources import bounded_threads, peak_memory_bytes
 
 FORMAT = "dreamlite-litert"
 FORMAT_VERSION = 2
@@ -43,7 +43,7 @@ class Runtime:
 
     Args:
       folder: what `conversion.to_litert --component all` wrote.
-      threads: of the CPU kernels.
+      threads: of the CPU kernels; 0: one for each core, and never more.
       observer: called with component, inputs and output of every call; calibration listens here.
       keep_loaded: whether components stay in memory between uses; off, the peak is that of the largest one.
 
@@ -67,9 +67,8 @@ class Runtime:
             sizes[name] for name in ("height", "width", "text_length", "batch")
         )
         self.load_seconds: dict[str, float] = {}
-        if threads < 0:
-            raise UserError(f"threads is {threads}; it must be 0 (one for each core) or positive")
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = bounded_threads(threads)
+        extras.check("the LiteRT runtime", extras.LITERT)
         self._keep = keep_loaded
         self._observer = observer
         self._loaded: dict[str, Callable[..., np.ndarray]] = {}
@@ -269,7 +268,7 @@ def load_component(folder: Path, manifest: dict[str, Any], name: str, threads: i
     from ai_edge_litert.interpreter import Interpreter
 
     path = component_file(folder, manifest, name)
-    interpreter = Interpreter(str(path), num_threads=threads)
+    interpreter = Interpreter(str(path), num_threads=bounded_threads(threads))
     interpreter.allocate_tensors()  # here, so that the time of preparing weights counts as loading
     runner = interpreter.get_signature_runner(SIGNATURE)
 

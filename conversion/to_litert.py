@@ -18,7 +18,7 @@ from dreamlite_jax import cli, model_folder
 from dreamlite_jax.config import ModelConfig
 from dreamlite_jax.errors import UserError
 
-from . import audit, delegates, exports, graph, litert, outputs, parity, quantize, resources, text_parts
+from . import audit, delegates, exports, extras, graph, litert, outputs, parity, quantize, resources, text_parts
 from .graph import COMPONENTS, Sizes
 from .quantize import CALIBRATION_EDITS, CALIBRATION_PROMPTS, RECIPES, check_target
 from .runtime import FORMAT, Runtime, load_component
@@ -52,6 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    extras.check("to_litert", extras.TO_LITERT)
     model = model_folder.find_model(args.model)
     config = model_folder.load_config(model)
     half_safe = args.target != "cpu" if args.half_safe == "auto" else args.half_safe == "on"
@@ -190,7 +191,7 @@ def quantize_all(
         floats.unlink()
         row["quantized"] = {
             "file_bytes": found.file_bytes,
-            "predicted_run_bytes": found.file_bytes + audit.activation_bytes(path),
+            **run_bytes(path),
             "ops": found.ops,
             "seconds": time.perf_counter() - begin,
             "parity_on": "inputs of the sampler" if complete else "random inputs",
@@ -199,6 +200,12 @@ def quantize_all(
         }
         row["faults"] += found.faults
         gc.collect()
+
+
+def run_bytes(path: Path) -> dict[str, Any]:
+    """What running a file on CPU is predicted to take: in all, and its parts."""
+    memory = audit.run_memory(path)
+    return {"predicted_run_bytes": memory.total, "predicted_run_parts": dataclasses.asdict(memory)}
 
 
 def row_passed(row: dict[str, Any]) -> bool:
@@ -222,14 +229,14 @@ def convert_one(
     seconds, peak = time.perf_counter() - begin, resources.peak_memory_bytes()
     found = audit.audit(path)
     load = functools.partial(exports.load, component, model, config)
-    converted = functools.partial(load_component, folder, manifest, component, threads=2)
+    converted = functools.partial(load_component, folder, manifest, component, threads=0)
     compared = parity.compare(component, config, sizes, load, converted, parity.FLOORS["fp32"])
     return {
         "file": path.name,
         "file_bytes": found.file_bytes,
         "seconds": seconds,
         "peak_memory_so_far_bytes": peak,  # of the whole command until here, before this component is compared
-        "predicted_run_bytes": found.file_bytes + audit.activation_bytes(path),
+        **run_bytes(path),
         "ops": found.ops,
         "faults": list(found.faults),
         "parity": dataclasses.asdict(compared),

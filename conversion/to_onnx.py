@@ -21,7 +21,7 @@ import numpy as np
 from dreamlite_jax import cli, model_folder
 from dreamlite_jax.config import ModelConfig
 
-from . import exports, graph, litert, onnx, outputs, parity, resources
+from . import exports, extras, graph, litert, onnx, outputs, parity, resources
 from .graph import Sizes
 from .onnx import OPSETS
 from .onnx_session import open_session
@@ -38,6 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    extras.check("to_onnx", extras.TO_ONNX)
     model = model_folder.find_model(args.model)
     config = model_folder.load_config(model)
     half = args.precision == "fp16"

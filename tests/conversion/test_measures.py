@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conversion import delegates, latency, npu, score
+from conversion import delegates, latency, npu, resources, score
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.evals import sprites
 
@@ -26,6 +26,17 @@ def test_latency_prints_its_protocol_and_the_median(litert_model, tmp_path, caps
     row = json.loads(output.read_text())["runs"]["ours"]
     assert len(row["seconds"]) == 3 and min(row["seconds"]) <= row["median"] <= max(row["seconds"])
     assert row["kind"] == "litert" and row["peak_memory_bytes"] > 0
+
+
+def test_latency_says_the_threads_that_it_used(litert_model, monkeypatch, capsys):
+    monkeypatch.setattr(resources, "cores", lambda: 1)
+    given = []
+    row = {"kind": "litert", "median": 1.0, "seconds": [1.0], "first": 1.0, "load": 1.0, "peak_memory_bytes": 1}
+    monkeypatch.setattr(latency, "measure_apart", lambda folder, threads, *_: given.append(threads) or row)
+    assert latency.main(["--run", f"ours={litert_model}", "--threads", "54321"]) == 0
+    printed = capsys.readouterr()
+    assert given == [1] and ", 1 threads, " in printed.out
+    assert printed.err == "threads is 54321; this process has 1 core: using 1\n"
 
 
 @pytest.mark.parametrize(

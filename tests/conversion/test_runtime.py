@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conversion import exports, graph, litert, runtime
+from conversion import exports, graph, litert, onnx, onnx_session, resources, runtime, score
 from conversion.graph import Sizes
 from conversion.runtime import Runtime
 from dreamlite_jax import load_model, model_folder, pictures
@@ -140,9 +140,50 @@ def test_bad_input_is_named(litert_model, options, named):
         Runtime(litert_model, threads=1).generate(**options)
 
 
+# Our own guard is under test: the kernels themselves, given such numbers, end the process.
+@pytest.mark.parametrize("asked, given", [(0, 3), (1, 1), (3, 3), (np.int64(2), 2), (4, 3), (100_000, 3), (2**70, 3)])
+def test_threads_are_bounded_by_the_cores(monkeypatch, capsys, asked, given):
+    monkeypatch.setattr(resources, "cores", lambda: 3)
+    assert resources.bounded_threads(asked) == given
+    said = capsys.readouterr().err
+    assert said == (f"threads is {asked}; this process has 3 cores: using 3\n" if asked > 3 else "")
+
+
+@pytest.mark.parametrize("asked", [-1, -(2**70), 2.0, np.nan, "2", None, True])
+def test_threads_that_are_no_number_of_threads(litert_model, asked):
+    with pytest.raises(UserError, match=r"threads is .*; it must be 0"):
+        Runtime(litert_model, threads=asked)
+
+
+@pytest.mark.parametrize("door", ["runtime", "component", "score", "onnx"])
+def test_every_door_bounds_the_threads(litert_model, small_model, monkeypatch, tmp_path, door):
+    """What the kernels are given, when more is asked for."""
+    from ai_edge_litert import interpreter
+
+    monkeypatch.setattr(resources, "cores", lambda: 1)
+    given = []
+    load = interpreter.Interpreter
+    monkeypatch.setattr(
+        interpreter, "Interpreter", lambda path, num_threads: given.append(num_threads) or load(path, num_threads=1)
+    )
+    manifest = runtime.read_manifest(litert_model)
+    if door == "runtime":
+        output = tmp_path / "x.png"
+        flags = ["--model", str(litert_model), "--prompt", PROMPT, "--output", str(output), "--steps", "1"]
+        assert runtime.main([*flags, "--threads", "99999"]) == 0 and output.is_file()
+    elif door == "component":
+        runtime.load_component(litert_model, manifest, "vae_decoder", 5)
+    elif door == "score":
+        score.ConvertedModel(litert_model, 12345).runtime.encode_prompt("generate", PROMPT)
+    else:
+        config = model_folder.load_config(small_model)
+        params, _ = exports.load("vae_decoder", small_model, config)
+        onnx.export(graph.build("vae_decoder", config, params, Sizes(32, 32, 48)), tmp_path / "x.onnx")
+        given.append(onnx_session.open_session(tmp_path / "x.onnx", 77777).get_session_options().intra_op_num_threads)
+    assert given and set(given) == {1}
+
+
 def test_folders_that_are_not_converted_models(litert_model, small_model, tmp_path):
-    with pytest.raises(UserError, match="threads is -1"):
-        Runtime(litert_model, threads=-1)
     for folder, named in ((tmp_path, "no model.json"), (small_model, "format")):
         with pytest.raises(UserError, match=named):
             Runtime(folder)
