@@ -5,7 +5,8 @@ int8_dynamic  weights int8 per channel, symmetric; activations quantised at run 
               as fp16: eight bits cost MiniLM 8 to 10 per cent of its states, and the picture more than all else.
 int8_static   W8A8: weights int8 per channel, activations int8, only in matmuls and convolutions. Both embedding MLPs,
               first and last convolution of the U-Net, every norm and softmax stay in float (recipe of the model's
-              author), and the shortcuts of res blocks and the last convolution of the VAE's halves (ours).
+              author), and the shortcuts of res blocks, the last convolution of the VAE's halves and the products of
+              attention's probabilities with its values (ours).
               Calibrated on what the sampler itself visits; weights clipped by least squared error, the clipping of
               activations searched on samples that calibration did not see. The text encoder as fp16.
 int4_weights  the text encoder's dense weights int4 in blocks of 32, its embedding table int8, activations quantised at
@@ -17,7 +18,7 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +27,7 @@ import numpy as np
 from dreamlite_jax.errors import UserError
 
 from . import parity
-from .audit import operations, random_input, read_metadata
+from .audit import Operation, Tensor, operations, random_input, read_metadata
 from .resources import cores
 from .runtime import SIGNATURE, Runtime, load_component
 
@@ -37,6 +38,9 @@ MATMULS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL")
 # the residual stream as it is and lose more than all else together (`sensitivity`). The last convolution is named after
 # the output that it makes.
 KEPT = r"conv_in|conv_out|conv_shortcut|time_embedding|add_embedding|serving_default_\w+_output"
+# What may stand between the products of attention and their softmax. The converter joins chunks of probabilities before
+# it multiplies them with the values.
+MOVES = ("RESHAPE", "TRANSPOSE", "SLICE", "CONCATENATION", "ADD")
 CLIPS = (1.0, 0.9, 0.8, 0.65)  # of the observed range of activations
 CALIBRATION_PROMPTS = (
     "a red car and a yellow star on a blue background",
@@ -188,6 +192,7 @@ def _static(source: Path, target: Path, calibration: Samples, held_out: Samples)
         _write(
             quantizer.quantize(_clipped(ranges, clip), enable_progress_report=False, enable_progress_bar=False), trial
         )
+        check_kept(source, trial)
         losses[clip] = relative_rms(trial, held_out)
         if losses[clip] <= min(losses.values()):
             os.replace(trial, target)
@@ -212,10 +217,65 @@ def _static_quantizer(source: Path) -> Any:
         # BATCH_MATMUL has no weights to clip.
         key = algorithm.MIN_MAX_UNIFORM_QUANT if kind == "BATCH_MATMUL" else algorithm.MSE
         quantizer.add_static_config(".*", names(kind), 8, 8, algorithm_key=key)
-        quantizer.update_quantization_recipe(
-            regex=f".*({KEPT}).*", operation_name=names(kind), algorithm_key=algorithm.NO_QUANTIZE
-        )
+    _keep(quantizer, source)
     return quantizer
+
+
+def _keep(quantizer: Any, source: Path) -> None:
+    """Rules for `kept_operations`, each by the whole name of its operation."""
+    from ai_edge_quantizer import algorithm_manager, qtyping
+
+    for op in kept_operations(source):
+        quantizer.update_quantization_recipe(
+            regex=f"^{re.escape(op.outputs[0].name)};",
+            operation_name=qtyping.TFLOperationName(op.kind),
+            algorithm_key=algorithm_manager.AlgorithmName.NO_QUANTIZE,
+        )
+
+
+def kept_operations(source: Path) -> list[Operation]:
+    """Matmuls and convolutions of a float32 file that stay in float: `KEPT`, and probabilities times values.
+
+    One range in 8 bits holds all probabilities of a layer. Where one query is sure of its key the step is 1 / 255, and
+    what the others spread over hundreds of keys rounds to nothing.
+
+    Raises:
+      RuntimeError: a file whose attention is not seen: some product of activations neither leads to a softmax nor reads
+        one.
+    """
+    ops = list(operations(source))
+    makers = {tensor.name: op for op in ops for tensor in op.outputs}
+
+    def behind(tensor: Tensor) -> Iterator[Operation]:
+        """What made a tensor, seen through operations that move or shift numbers and nothing else."""
+        maker = makers.get(tensor.name)
+        if maker is not None and maker.kind in MOVES:
+            for each in maker.inputs:
+                yield from behind(each)
+        elif maker is not None:
+            yield maker
+
+    products = [op for op in ops if op.kind in MATMULS and not op.inputs[1].constant]
+    mixes = [op for op in products if any(maker.kind == "SOFTMAX" for maker in behind(op.inputs[0]))]
+    scores = [maker for op in ops if op.kind == "SOFTMAX" for maker in behind(op.inputs[0])]
+    known = {op.outputs[0].name for op in mixes + scores}
+    for op in products:
+        if op.outputs[0].name not in known:
+            raise RuntimeError(
+                f"{source}: the product of activations in {op.layer} neither leads to a softmax nor reads one, so "
+                "int8_static cannot tell what of this attention has to stay in float"
+            )
+    named = [op for op in ops if op.kind in MATMULS and re.search(KEPT, op.outputs[0].name)]
+    return named + mixes
+
+
+def check_kept(source: Path, target: Path) -> None:
+    """Raises RuntimeError when something of `kept_operations` is not in float in the quantised file."""
+    made = {op.outputs[0].name: op for op in operations(target) if op.kind in MATMULS}
+    for op in kept_operations(source):
+        found = made.get(op.outputs[0].name)
+        if found is None or any(tensor.dtype != "FLOAT32" for tensor in found.inputs[:2]):
+            raise RuntimeError(f"{target}: {op.layer} was to stay in float and did not")
 
 
 def _observed_ranges(source: Path, inputs: Sequence[Inputs]) -> dict[str, Any]:
@@ -240,8 +300,8 @@ def _clipped(ranges: dict[str, Any], clip: float) -> dict[str, Any]:
 
 
 def kept_layers(source: Path) -> list[str]:
-    """Matmuls and convolutions of a file that `KEPT` keeps in float."""
-    return [op.layer for op in operations(source) if op.kind in MATMULS and re.search(KEPT, op.outputs[0].name)]
+    """Layers of `kept_operations`."""
+    return [op.layer for op in kept_operations(source)]
 
 
 def relative_rms(path: Path, samples: Samples) -> float:
@@ -274,8 +334,9 @@ def sensitivity(source: Path, calibration: Samples, held_out: Samples) -> list[d
 
     ranges = _observed_ranges(source, calibration.inputs)
     groups: dict[str, int] = {}
+    kept = {op.outputs[0].name for op in kept_operations(source)}
     for op in operations(source):
-        if op.kind in MATMULS and not re.search(KEPT, op.outputs[0].name):
+        if op.kind in MATMULS and op.outputs[0].name not in kept:
             name = "/".join(op.layer.split("/")[:2])
             groups[name] = groups.get(name, 0) + 1
     rows = []
@@ -290,6 +351,7 @@ def sensitivity(source: Path, calibration: Samples, held_out: Samples) -> list[d
                 8,
                 algorithm_key=algorithm_manager.AlgorithmName.MIN_MAX_UNIFORM_QUANT,
             )
+        _keep(quantizer, source)
         _write(quantizer.quantize(ranges, enable_progress_report=False, enable_progress_bar=False), trial)
         rows.append({"module": group, "operations": count, "relative_rms": relative_rms(trial, held_out)})
         trial.unlink()
