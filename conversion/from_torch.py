@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamlite_jax import cli, model_folder, released
-from dreamlite_jax.config import ModelConfig, TextConfig, UNetConfig, VAEConfig
+from dreamlite_jax.config import ModelConfig, UNetConfig, VAEConfig
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import read_json
 from dreamlite_jax.tensor_files import Shape, check_tensors, write_streamed
@@ -93,7 +93,7 @@ def _pipeline(path: Path, folder: Path, report: dict[str, Any]) -> None:
 
 
 def _unet_alone(path: Path, vae: str | None, folder: Path, report: dict[str, Any]) -> None:
-    file = path / "config.json"
+    file, index = path / "config.json", path.parent / released.PIPELINE  # of the whole folder it may be taken from
     raw = read_json(file)
     unet = diffusers_config.unet_from_diffusers(raw, str(file))
     resources.check_disk(resources.bytes_of(torch_files.weight_files(path)), folder)
@@ -115,7 +115,7 @@ def _unet_alone(path: Path, vae: str | None, folder: Path, report: dict[str, Any
     config = ModelConfig(
         unet=unet,
         vae=autoencoder,
-        text=TextConfig(encoder="qwen3_vl", source=".", max_length=512),
+        text=released.text_config(read_json(index) if index.is_file() else {}, str(index)),
         native_size=(raw.get("sample_size") or released.DEFAULT_LATENT_SIZE) * autoencoder.downsampling,
         edit_size="source",
     )

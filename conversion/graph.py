@@ -209,7 +209,8 @@ def _qwen(config: TextTowerConfig, params: dict[str, Any], sizes: Sizes) -> Grap
     tokens = dropped + kept
     meaning = "the whole chat of a prompt without a picture, padded at its end with any id"
     inputs = (Port("token_ids", (sizes.batch, tokens), "int32", meaning, config.vocab_size),)
-    meaning = f"last hidden states without the template's first {dropped}; set those of padding to zero"
+    which = "after" if config.final_norm else "before"
+    meaning = f"states {which} the final norm, without the template's first {dropped}; set those of padding to zero"
     output = Port("states", (sizes.batch, kept, config.hidden_size), "float32", meaning)
     return Graph(
         "text",

@@ -32,9 +32,10 @@ def tower_params(params: dict[str, Any], config: TextTowerConfig, tokens: int) -
     stack = params.pop("layers")
     out = {
         "embed_tokens": {"embedding": np.asarray(params.pop("embed_tokens")["embedding"], np.float32)},
-        "norm": export_layout(params.pop("norm")),
         **constants(config, tokens),
     }
+    if config.final_norm:
+        out["norm"] = export_layout(params.pop("norm"))
     for i in range(config.num_layers):
         layer = jax.tree.map(lambda leaf, i=i: np.array(leaf[i], np.float32), stack)
         # 1 / sqrt(head width) acts on the queries last; a product that could leave float16's range is held smaller.
@@ -62,7 +63,7 @@ def constants(config: TextTowerConfig, tokens: int) -> dict[str, np.ndarray]:
 
 
 def tower(node: Node, config: TextTowerConfig, token_ids: Array, dropped: int) -> Array:
-    """States (b, s - dropped, d) after the final norm, without those of the template's beginning.
+    """The last layer's states (b, s - dropped, d), normalised if `config.final_norm`, without the template's beginning.
 
     Args:
       token_ids: (b, s) int32, a whole chat, padded at its end.
@@ -72,7 +73,8 @@ def tower(node: Node, config: TextTowerConfig, token_ids: Array, dropped: int) -
     x = x.reshape(b, s, config.hidden_size)
     for i in range(config.num_layers):
         x = _layer(node.sub(f"layers_{i}"), config, node, x)
-    return rms_norm(node.sub("norm"), jax.lax.slice_in_dim(x, dropped, s, axis=1), config.norm_eps)
+    x = jax.lax.slice_in_dim(x, dropped, s, axis=1)
+    return rms_norm(node.sub("norm"), x, config.norm_eps) if config.final_norm else x
 
 
 @scoped

@@ -2,7 +2,9 @@
 
 fp16          weights in half precision, computed in float. The text encoder's embedding table stays float32.
 int8_dynamic  weights int8 per channel, symmetric; activations quantised at run time. No calibration. The text encoder
-              as fp16: eight bits cost MiniLM 8 to 10 per cent of its states, and the picture more than all else.
+              as fp16: eight bits cost MiniLM 8 to 10 per cent of its states, and the picture more than all else. The
+              U-Net's projection of text states likewise, where they are not normalised (`TextConfig.state`): a few
+              channels hundreds of times larger than the rest take all eight bits of a token.
 int8_static   W8A8: weights int8 per channel, activations int8, only in matmuls and convolutions. Both embedding MLPs,
               first and last convolution of the U-Net, every norm and softmax stay in float (recipe of the model's
               author), and the shortcuts of res blocks, the last convolution of the VAE's halves and the products of
@@ -38,6 +40,7 @@ MATMULS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL")
 # the residual stream as it is and lose more than all else together (`sensitivity`). The last convolution is named after
 # the output that it makes.
 KEPT = r"conv_in|conv_out|conv_shortcut|time_embedding|add_embedding|serving_default_\w+_output"
+TEXT_PROJECTION = "encoder_hid_proj"  # the U-Net's first layer on text states
 # What may stand between the products of attention and their softmax. The converter joins chunks of probabilities before
 # it multiplies them with the values.
 MOVES = ("RESHAPE", "TRANSPOSE", "SLICE", "CONCATENATION", "ADD")
@@ -152,6 +155,8 @@ def quantize(
         return _static(source, target, calibration, held_out)
     quantizer = _quantizer(source)
     _add_weights_only(quantizer, component, recipe)
+    if recipe == "int8_dynamic" and component == "unet" and _text_state(source) == "before_norm":
+        _keep_in_half(quantizer, TEXT_PROJECTION)
     _write(quantizer.quantize(enable_progress_report=False, enable_progress_bar=False), target)
     return {}
 
@@ -180,6 +185,21 @@ def _add_weights_only(quantizer: Any, component: str, recipe: Recipe) -> None:
         kinds = [names.FULLY_CONNECTED] if component == "text" else [names.ALL_SUPPORTED]
         for kind in kinds:
             quantizer.add_weight_only_config(".*", kind, 16, algorithm_key=algorithm.FLOAT_CASTING)
+
+
+def _text_state(source: Path) -> str | None:
+    """Which state of its text encoder the model of a float32 file reads."""
+    return read_metadata(source).get("config", {}).get("text", {}).get("state")
+
+
+def _keep_in_half(quantizer: Any, layer: str) -> None:
+    """Dense layers of this name keep weights of half precision, and activations in float."""
+    from ai_edge_quantizer import algorithm_manager, qtyping
+
+    casting = algorithm_manager.AlgorithmName.FLOAT_CASTING
+    quantizer.add_weight_only_config(
+        f".*{layer}.*", qtyping.TFLOperationName.FULLY_CONNECTED, 16, algorithm_key=casting
+    )
 
 
 def _static(source: Path, target: Path, calibration: Samples, held_out: Samples) -> dict[str, Any]:

@@ -152,6 +152,8 @@ class Runtime:
         try:
             with np.load(path) as file:
                 found = {name: file[name] for name in STATES}
+                older = "after_norm" if self.config.text.encoder == "qwen3_vl" else ""  # of a file that does not say
+                state = str(file["state"]) if "state" in file else older
         except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise UserError(f"--states {path} is not a file of conversion.states: {error}") from None
         wanted = (1, self.text_length, self.config.unet.text_dim)
@@ -159,6 +161,11 @@ class Runtime:
             states, mask = found[f"{part}_states"], found[f"{part}_mask"]
             if states.shape != wanted or mask.shape != wanted[:2] or not np.isfinite(states).all():
                 raise UserError(f"--states {path} has states {states.shape}; these files take {wanted}, finite")
+        if state != (self.config.text.state or ""):
+            raise UserError(
+                f"--states {path} has text states {state}, but the model of {self.folder} reads those "
+                f"{self.config.text.state}; compute them again: python -m conversion.states"
+            )
         task, prompt = str(found["task"]), str(found["prompt"])
         for key, part in (((task, prompt), "prompt"), (("null", ""), "null")):
             bias = (1.0 - found[f"{part}_mask"]) * np.float32(self.manifest["mask_bias"])
@@ -304,6 +311,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"{path}: format_version is {manifest['format_version']}; this code reads {FORMAT_VERSION}: convert again"
+        )
+    text = manifest["config"].get("text", {})
+    if text.get("encoder") == "qwen3_vl" and "state" not in text:
+        raise UserError(
+            f"{path}: config.text.state is missing: the files are of a version that gave Qwen3-VL's states after its "
+            "final norm, while released weights read those before it; convert again"
         )
     return manifest
 

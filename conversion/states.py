@@ -24,6 +24,8 @@ from .runtime import read_manifest
 def compute(encoder: PromptEncoder, request: PromptRequest, length: int) -> dict[str, np.ndarray]:
     """What `runtime.STATES` lists: states (1, length, d) and masks (1, length) of a prompt and of its null prompt.
 
+    The command adds which `state` of the text encoder they are (`TextConfig`), "" where it has no choice.
+
     Raises:
       UserError: the prompt has more states than `length`.
     """
@@ -51,11 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     outputs.check_file(args.output)
     image = pictures.read_picture(args.image) if args.image else None
     request = PromptRequest("generate" if image is None else "edit", args.prompt, image)
-    length = read_manifest(args.litert)["sizes"]["text_length"]
+    manifest = read_manifest(args.litert)
     from dreamlite_jax.model import load_config
     from dreamlite_jax.text.load import load_encoder
 
-    found = compute(load_encoder(load_config(args.model).text, find_model(args.model)), request, length)
+    text, length = load_config(args.model).text, manifest["sizes"]["text_length"]
+    if text.state != (wanted := manifest["config"]["text"].get("state")):
+        raise UserError(
+            f"--model {args.model} reads text states {text.state}, but --litert {args.litert} those {wanted}; give the "
+            "model that it was converted from"
+        )
+    found = compute(load_encoder(text, find_model(args.model)), request, length)
+    found["state"] = np.array(text.state or "")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.output.with_name(f".{args.output.name}.{os.getpid()}.part.npz")
     try:

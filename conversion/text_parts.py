@@ -47,7 +47,7 @@ def load(model: Path, config: ModelConfig) -> tuple[dict[str, Any], Any]:
     """Parameters in float32 and the architecture, MiniLM's or that of Qwen3-VL's text tower."""
     check(model, config)
     if config.text.encoder == "qwen3_vl":
-        qwen, params = load_qwen_vl(_qwen_folder(model, config))
+        qwen, params = load_qwen_vl(_qwen_folder(model, config), final_norm=config.text.state == "after_norm")
         return jax.tree.map(np.asarray, params[TOWER]), qwen.config.text
     text, params = minilm.load_minilm()
     return params, text

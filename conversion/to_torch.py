@@ -4,6 +4,10 @@
 encoder is Qwen3-VL. A model with another one has no text encoder there: pass text_encoder=None, tokenizer=None and
 processor=None. Tensors keep their dtype (those of one byte become float32); OUTPUT/report.json lists each with its
 two names, dtype and shape.
+
+The pipelines read `hidden_states[-1]` of Qwen3-VL, which transformers 4.57.3 makes before the model's final norm and
+transformers 5 after it. The command prints which of the two the network was trained on, and so what its users must pin:
+before the norm transformers==4.57.3, whose huggingface_hub diffusers takes up to 0.39.0.
 """
 
 import json
@@ -13,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamlite_jax import cli, model_folder
-from dreamlite_jax.config import ModelConfig
+from dreamlite_jax import cli, model_folder, released
+from dreamlite_jax.config import ModelConfig, TextState
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.int8 import open_weights, stored_weights
 from dreamlite_jax.tensor_files import DTYPES, Stored, check_tensors, write_streamed
@@ -29,6 +33,14 @@ PARTS = {  # classes of a pipeline's parts, where a converted folder does not sa
     "text_encoder": ("transformers", "Qwen3VLForConditionalGeneration"),
     "tokenizer": ("transformers", "Qwen2Tokenizer"),
     "processor": ("transformers", "Qwen3VLProcessor"),
+}
+
+PINS: dict[TextState, str] = {
+    "before_norm": "this network reads Qwen3-VL's states before the final norm: its users must pin transformers==4.57.3, "
+    "as DreamLite does, and with it diffusers==0.39.0; with transformers 5 diffusers reads the states after the norm, "
+    "without a word, unless their code puts the last decoder layer's output into hidden_states[-1]",
+    "after_norm": "this network reads Qwen3-VL's states after the final norm: its users must pin transformers>=5; with "
+    "4.57.3 diffusers reads those before the norm, without a word",
 }
 
 
@@ -70,6 +82,8 @@ def convert(model: str | Path, output: str | Path) -> dict[str, Any]:
             folder / "scheduler" / "scheduler_config.json", diffusers_config.scheduler_to_diffusers(config.scheduler)
         )
         _carry_text(model, config, folder, report)
+        if config.text.state is not None:
+            report["notes"] = [PINS[config.text.state]]
         _write_json(folder / "model_index.json", model_index(config, model_folder.load_provenance(model), folder))
         report["seconds"] = time.monotonic() - start
         torch_files.write_report(folder, report)
@@ -89,6 +103,8 @@ def model_index(config: ModelConfig, provenance: Mapping[str, Any], folder: Path
         "_class_name": pipeline_class(config),
         "_diffusers_version": diffusers_config.DIFFUSERS_VERSION,
     }
+    if config.text.state is not None:
+        index[released.TEXT_STATE] = config.text.state
     for part, usual in PARTS.items():
         known = former.get(part)
         named = isinstance(known, list) and len(known) == 2 and all(isinstance(item, str) for item in known)

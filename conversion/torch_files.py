@@ -152,4 +152,5 @@ def summary(report: Mapping[str, Any]) -> str:
     ]
     lines += [f"{name}: carried as it is" for name in report["carried"]]
     lines += [f"{name}: not there; {why}" for name, why in report["absent"].items()]
+    lines += report.get("notes", [])
     return "\n".join([*lines, f"{report['flags']['output']}: {report['seconds']:.1f} s"])

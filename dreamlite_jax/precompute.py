@@ -20,7 +20,7 @@ import numpy as np
 
 from dreamlite_jax import cli, pictures
 from dreamlite_jax.assets import vae_path
-from dreamlite_jax.config import TextConfig, from_dict, to_dict
+from dreamlite_jax.config import TextConfig, from_dict, to_dict, with_text_state
 from dreamlite_jax.data import latents as latent_data
 from dreamlite_jax.data import transforms
 from dreamlite_jax.data.buckets import Size, check_sizes, nearest_bucket
@@ -281,7 +281,8 @@ def refuse_other(output: Path, made_of: dict[str, Any]) -> None:
     if not path.is_file():
         return
     found = read_json(path)
-    known = to_dict(from_dict(PrecomputeConfig, found.get("config", {}), f"{path}: config"))  # of an older version too
+    stored = with_text_state(found.get("config", {}))  # of an older version too
+    known = to_dict(from_dict(PrecomputeConfig, stored, f"{path}: config"))
     if found | {"config": known | own_ways(made_of["config"])} != json.loads(json.dumps(made_of)):
         raise UserError(
             f"--output {output} was made with other settings (see {path}); choose another folder or remove it"

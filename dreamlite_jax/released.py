@@ -4,17 +4,19 @@ Configs and tensors are read by the conversion package, which is imported when i
 """
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dreamlite_jax.config import ModelConfig, TextConfig
+from dreamlite_jax.config import ModelConfig, TextConfig, from_dict
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import read_json
 from dreamlite_jax.model_folder import COMPONENTS, Component, unflatten
 
 PIPELINE = "model_index.json"
+TEXT_STATE = "_dreamlite_text_state"  # its entry of a folder that `to_torch` made; diffusers skips what begins with "_"
 DEFAULT_LATENT_SIZE = 128  # `default_sample_size` of both pipelines
 
 
@@ -44,7 +46,8 @@ def load_config(directory: str | Path) -> ModelConfig:
     """
     directory = Path(directory)
     configs = _conversion("diffusers_config")
-    name = read_json(directory / PIPELINE).get("_class_name")
+    index = read_json(directory / PIPELINE)
+    name = index.get("_class_name")
     if name not in PIPELINES:
         raise UserError(f"{directory / PIPELINE} is of a {name}; it must be of {' or '.join(PIPELINES)}")
     files = {part: directory / part / "config.json" for part in COMPONENTS}
@@ -54,12 +57,18 @@ def load_config(directory: str | Path) -> ModelConfig:
     return ModelConfig(
         unet=configs.unet_from_diffusers(found["unet"], str(files["unet"])),
         vae=vae,
-        text=TextConfig(encoder="qwen3_vl", source=".", max_length=512),
+        text=text_config(index, str(directory / PIPELINE)),
         scheduler=configs.scheduler_from_diffusers(found["scheduler"], str(files["scheduler"])),
         native_size=(found["unet"].get("sample_size") or DEFAULT_LATENT_SIZE) * vae.downsampling,
         edit_size="source",
         **PIPELINES[name]._asdict(),
     )
+
+
+def text_config(index: Mapping[str, Any], where: str = PIPELINE) -> TextConfig:
+    """The text encoder of a released layout. Released weights read the state before the final norm."""
+    fields = {"encoder": "qwen3_vl", "source": ".", "max_length": 512, "state": index.get(TEXT_STATE, "before_norm")}
+    return from_dict(TextConfig, fields, f"{where}: text")
 
 
 def load_params(directory: str | Path, component: Component, config: ModelConfig) -> dict[str, Any]:

@@ -56,16 +56,57 @@ def randomize(module: Any, seed: int = 1) -> Any:
     return module.eval()
 
 
+def watch(model: Any) -> dict[str, Any]:
+    """What every call of the model leaves behind, by the names of `TextConfig.state`: the input and the output of the
+    final norm. Seen by hooks, which say the same under every version of transformers; `hidden_states` does not.
+    """
+    text, seen = model.model.language_model, {}
+
+    def of_layer(module: Any, args: Any, output: Any) -> None:
+        seen["layer"] = output[0] if isinstance(output, tuple) else output
+
+    def of_norm(module: Any, args: Any, output: Any) -> None:
+        assert (args[0] == seen.pop("layer")).all()
+        seen.update(before_norm=args[0], after_norm=output)
+
+    text.layers[-1].register_forward_hook(of_layer)
+    text.norm.register_forward_hook(of_norm)
+    return seen
+
+
+def give(model: Any, state: str) -> Any:
+    """The model, whose `hidden_states[-1]` are from now on of this `TextConfig.state`, under any transformers."""
+    seen = watch(model)
+
+    def replaced(module: Any, args: Any, output: Any) -> Any:
+        if output.hidden_states is not None:
+            output.hidden_states = (*output.hidden_states[:-1], seen[state])
+        return output
+
+    model.register_forward_hook(replaced)
+    return model
+
+
+def rotary(theta: float, section: list[int], **more: Any) -> dict[str, Any]:
+    """Keys of a text config for multimodal rotation, as transformers 5 has them, or 4."""
+    transformers = pytest.importorskip("transformers")
+    kind = {"rope_type": "default", "mrope_section": section, **more}
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return {"rope_parameters": {**kind, "rope_theta": theta}}
+    return {"rope_scaling": kind, "rope_theta": theta}
+
+
 def small_model() -> Any:
     """A `Qwen3VLForConditionalGeneration`."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    rotary = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
     config = transformers.Qwen3VLConfig(
-        text_config={**TEXT_SIZES, "rope_parameters": rotary, "tie_word_embeddings": True},
+        text_config={
+            **TEXT_SIZES, **rotary(5e6, [6, 5, 5], mrope_interleaved=True), "tie_word_embeddings": True
+        },
         vision_config=VISION_SIZES,
         tie_word_embeddings=True,
         **IDS,
-    )
+    )  # fmt: skip
     return randomize(transformers.Qwen3VLForConditionalGeneration(config))

@@ -4,16 +4,24 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from qwen_oracle import randomize, tokenizer_files
+from qwen_oracle import randomize, rotary, tokenizer_files
 
-from dreamlite_jax.rewards.judges import Form, JudgeTokenizer
+from dreamlite_jax.rewards.judges import EDIT_REWARD, HPSV3, Form, JudgeTokenizer
 from dreamlite_jax.rewards.prompts import REQUEST, REWARD_TOKEN
 
+SHOWN = (120, 88)  # height and width; the judges see (140, 112), or (128, 96) in patches of 16
+PROMPTS = ["a red cat", "put the red cat with the long tail to the left of the house, please"]
+CASES = {
+    "hpsv3": ("qwen2_vl", "qwen2_vl_7b", HPSV3),
+    "editreward": ("qwen2_5_vl", "qwen2_5_vl_7b", EDIT_REWARD["qwen2_5_vl_7b"]),
+    "editreward3": ("qwen3_vl", "qwen3_vl_8b", EDIT_REWARD["qwen3_vl_8b"]),
+}
 ROWS = 151670  # tokens of the real tokenizer, and the special one
 IDS = {
     "image_token_id": 151655, "vision_start_token_id": 151652, "vision_end_token_id": 151653, "video_token_id": 151656,
@@ -35,18 +43,26 @@ VISION = {
 }  # fmt: skip
 
 
+def version() -> tuple[int, ...]:
+    """Of transformers."""
+    transformers = pytest.importorskip("transformers")
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
 def base_model(family: str) -> Any:
     """The family's model for generation, every parameter random."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     names = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
-    rotary = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [6, 5, 5]}
-    text = {**TEXT, "head_dim": 32} if family == "qwen3_vl" else TEXT
-    rotary |= {"mrope_interleaved": True} if family == "qwen3_vl" else {}
-    config = getattr(transformers, f"{names[family]}Config")(
-        text_config={**text, "rope_parameters": rotary}, vision_config=VISION[family], **IDS
-    )
+    newest = family == "qwen3_vl"
+    text = {**TEXT, **({"head_dim": 32} if newest else {})}
+    text |= rotary(1e6, [6, 5, 5], **({"mrope_interleaved": True} if newest else {}))
+    kind = getattr(transformers, f"{names[family]}Config")
+    if version() < (4, 52):  # the text's sizes stood at the top
+        config = kind(**text, vision_config=VISION[family], **IDS)
+    else:
+        config = kind(text_config=text, vision_config=VISION[family], **IDS)
     return randomize(getattr(transformers, f"{names[family]}ForConditionalGeneration")(config))
 
 
@@ -88,7 +104,9 @@ class Oracle:
         base = folder / "base"
         self.model.config.save_pretrained(base)
         config = json.loads((base / "config.json").read_text())
-        config["text_config"]["vocab_size"] = 152064  # of the base model; its reward model has a row a token
+        config.get("text_config", config)["vocab_size"] = (
+            152064  # of the base model; its reward model has a row a token
+        )
         (base / "config.json").write_text(json.dumps(config))
         (base / "tokenizer.json").symlink_to(tokenizer_files() / "tokenizer.json")
 
@@ -144,6 +162,8 @@ class Oracle:
         return torch.stack(found, 1)
 
     def states(self, ids: Any, mask: Any, pixels: Any, grid: Any) -> Any:
+        if version() < (5,):
+            return self.older_states(ids, mask, pixels, grid)
         model = self.model.model
         is_image = ids == IDS["image_token_id"]
         if self.form.positions == "grid":
@@ -153,6 +173,52 @@ class Oracle:
         seen = model.visual(pixels, grid_thw=grid).pooler_output
         embedded = embedded.masked_scatter(is_image[..., None].expand_as(embedded), seen)
         return model.language_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def older_states(self, ids: Any, mask: Any, pixels: Any, grid: Any) -> Any:
+        """As the released code asks transformers 4, call for call: the first entry of what the inner model returns."""
+        model = self.model
+        if self.form.positions == "grid":  # EditReward on Qwen3-VL
+            return model.model(input_ids=ids, attention_mask=mask, pixel_values=pixels, image_grid_thw=grid)[0]
+        embedded = model.get_input_embeddings()(ids)
+        seen = model.visual(pixels, grid_thw=grid)
+        is_image = (ids == IDS["image_token_id"])[..., None].expand_as(embedded)
+        embedded = embedded.masked_scatter(is_image, seen)
+        return model.model(input_ids=None, attention_mask=mask, inputs_embeds=embedded)[0]
+
+
+def small_form(kind: str) -> Form:
+    """How the judge asks, with the area of pictures that the small models take."""
+    rule = CASES[kind][2].rule
+    rule = dataclasses.replace(rule, min_px=112**2, max_px=min(rule.max_px, 112**2 + 4000))
+    return dataclasses.replace(CASES[kind][2], rule=rule)
+
+
+def shown_pictures() -> tuple[np.ndarray, np.ndarray]:
+    """Pictures to judge and the sources that they were edited from."""
+    return random_pictures(2, *SHOWN), random_pictures(2, *SHOWN, seed=1)
+
+
+def record(kind: str, folder: Path) -> None:
+    """Writes a judge made under the transformers that runs, what it says, and from which side of the final norm.
+
+    The latter as the largest distance of what its heads read from the norm's input, and from its output.
+    """
+    import torch
+    import transformers
+
+    oracle, seen = Oracle.of(CASES[kind][0], small_form(kind)), {}
+    oracle.save(folder, old_names=False)
+    tower = getattr(oracle.model.model, "language_model", oracle.model.model)
+    tower.norm.register_forward_hook(lambda module, args, output: seen.update(before=args[0], after=output))
+    for head in oracle.heads:
+        head.register_forward_pre_hook(lambda module, args: seen.update(read=args[0]))
+    images, source = (torch.from_numpy(x) for x in shown_pictures())
+    vision = oracle.model.config.vision_config
+    size = oracle.form.rule.size(*SHOWN, SimpleNamespace(patch_size=vision.patch_size, spatial_merge_size=2))
+    with torch.no_grad():
+        outputs = oracle.outputs(PROMPTS, [source, images] if oracle.form.sees_source else [images], size).numpy()
+    distances = [float((seen["read"] - seen[side]).abs().max()) for side in ("before", "after")]
+    np.savez(folder / "said.npz", outputs=outputs, distances=distances, version=transformers.__version__)
 
 
 def resized(images: Any, size: tuple[int, int]) -> Any:

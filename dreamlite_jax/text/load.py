@@ -38,7 +38,8 @@ def load_encoder(
             )
         if config.sha256:
             check_sha256(config, sha256_of(weight_files(weights_folder(folder))))
-        return QwenEncoder.load(folder, dtype=dtype, mesh=mesh, buckets=buckets_up_to(config.max_length, BUCKETS))
+        buckets = buckets_up_to(config.max_length, BUCKETS)
+        return QwenEncoder.load(folder, state=config.state, dtype=dtype, mesh=mesh, buckets=buckets)
     from dreamlite_jax.models.minilm import load_minilm, minilm_directory, weights_sha256
     from dreamlite_jax.text.minilm_encoder import MiniLMEncoder
 

@@ -1,6 +1,9 @@
-"""The prompt encoder of the released weights: Qwen3-VL's last hidden state of a chat, without the template's beginning.
+"""The prompt encoder of the released weights: the states of Qwen3-VL's last layer of a chat, without the template's
+beginning.
 
-Oracle: diffusers `DreamLitePipeline.encode_prompt` (the mobile pipeline has the same).
+Oracle: diffusers `DreamLitePipeline.encode_prompt` (the mobile pipeline has the same), which reads `hidden_states[-1]`.
+Its weights were trained with transformers 4.57.3, where that is the state before the model's final norm; under
+transformers 5 the same pipeline reads the state after it, and its pictures show blocks.
 """
 
 from collections import defaultdict
@@ -14,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from dreamlite_jax.config import TextState
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.qwen_vl import rope
 from dreamlite_jax.models.qwen_vl.load import load_qwen_vl
@@ -93,10 +97,19 @@ class QwenEncoder:
         self._states = jax.jit(self._forward, static_argnames="dropped")
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: DTypeLike = jnp.bfloat16, mesh: Mesh | None = None, **options: Any):
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        state: TextState = "before_norm",
+        dtype: DTypeLike = jnp.bfloat16,
+        mesh: Mesh | None = None,
+        **options: Any,
+    ):
         """The encoder of a diffusers folder (text_encoder/, tokenizer/, processor/) or of one transformers folder.
 
         Args:
+            state: see `TextConfig`.
             dtype: of weights and computation; states are float32 in any case.
             options: `buckets` and `chunk` of the encoder.
 
@@ -104,7 +117,7 @@ class QwenEncoder:
             UserError: a file is missing or does not belong to the weights (see `QwenTokenizer`, `load_qwen_vl`).
         """
         folder = Path(folder)
-        model, params = load_qwen_vl(weights_folder(folder), dtype=dtype, mesh=mesh)
+        model, params = load_qwen_vl(weights_folder(folder), dtype=dtype, mesh=mesh, final_norm=state == "after_norm")
         tokenizer = QwenTokenizer(_find(folder, ("tokenizer", "processor"), ("tokenizer.json",)), model.config)
         settings = _find(folder, ("processor",), ("preprocessor_config.json", "processor_config.json"))
         pictures = read_picture_inputs(settings, model.config.vision)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from dreamlite_jax.config import with_text_state
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training import distributed
 from dreamlite_jax.training.errors import SaveError, short
@@ -226,8 +227,9 @@ def check_resume(workdir: Path, config: dict[str, Any], *, finished: bool = Fals
 
 
 def _compare(workdir: Path, step: int, stored: dict[str, Any], config: dict[str, Any], finished: bool) -> None:
+    model = with_text_state(stored["model"])
     for part in ARCHITECTURE:
-        if difference := _first_difference(stored["model"][part], config["model"][part], f"model.{part}"):
+        if difference := _first_difference(model[part], config["model"][part], f"model.{part}"):
             raise UserError(
                 f"{workdir} holds a checkpoint of another architecture: {difference}; use another --workdir, or the "
                 "config it was started with"

@@ -9,7 +9,15 @@ import jax
 import numpy as np
 
 from dreamlite_jax.assets import vae_path
-from dreamlite_jax.config import VAEConfig, check_image_size, to_dict
+from dreamlite_jax.config import (
+    TextConfig,
+    VAEConfig,
+    check_image_size,
+    check_text_state,
+    from_dict,
+    to_dict,
+    with_text_state,
+)
 from dreamlite_jax.data import latents as latent_data
 from dreamlite_jax.data.buckets import Size, bucket_sizes, check_sizes
 from dreamlite_jax.data.forms import Images, Latents, Pairs
@@ -72,6 +80,9 @@ class LatentFeed:
         self.codec = Codec(*load_vae(vae_file))
         own = sha256_of([vae_file])
         for source, info in zip(everything, infos, strict=True):
+            if "text" in info.get("config", {}):
+                text = from_dict(TextConfig, with_text_state(info["config"])["text"], f"{source.path}: config.text")
+                check_text_state(f"{source.path} holds", text, config.model.text)
             if info["vae"] != to_dict(self.codec.config) or info.get("vae_sha256", own) != own:
                 raise UserError(
                     f"{source.path} holds latents of another autoencoder than config.vae {vae_file}; name the one that "

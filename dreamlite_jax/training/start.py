@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from dreamlite_jax.config import ModelConfig, from_dict
+from dreamlite_jax.config import ModelConfig, check_text_state, from_dict, with_text_state
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import MANIFEST, find_model, load_config, load_params
 from dreamlite_jax.models.unet import dummy_inputs
@@ -55,6 +55,7 @@ class Stored:
 
     def __init__(self, config: TrainConfig, network: Any, location: str, field: str):
         self._unet, self._network, self._location, self._field = config.model.unet, network, location, field
+        self._text = config.model.text
 
     def shapes(self) -> Any:
         return jax.eval_shape(self._network.init, jax.random.key(0), *dummy_inputs(self._unet))["params"]
@@ -63,13 +64,14 @@ class Stored:
         folder = find_model(self._location)
         exported = (folder / MANIFEST).exists() or not checkpoint.steps_in(folder)
         stored = load_config(folder) if exported else from_dict(
-            ModelConfig, checkpoint.saved_config(folder)["model"], f"{folder}: config.model"
+            ModelConfig, with_text_state(checkpoint.saved_config(folder)["model"]), f"{folder}: config.model"
         )  # fmt: skip
         if stored.unet != self._unet:
             raise UserError(
                 f"config.{self._field} {folder} holds a U-Net of another architecture: {stored.unet}; the config asks "
                 f"for {self._unet}"
             )
+        check_text_state(f"config.{self._field} {folder} holds a U-Net that was trained on", stored.text, self._text)
         return load_params(folder, "unet") if exported else checkpoint.averaged(folder, self.shapes())
 
 

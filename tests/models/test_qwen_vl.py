@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
-from qwen_oracle import END, IMAGE, START, TEXT_SIZES, randomize
+from qwen_oracle import END, IMAGE, START, TEXT_SIZES, randomize, rotary, watch
 
 from dreamlite_jax.models.qwen_vl import load, rope
 from dreamlite_jax.models.qwen_vl.config import TextTowerConfig
@@ -19,6 +19,7 @@ from dreamlite_jax.models.qwen_vl.text import TextTower
 TEXT_TOLERANCE = 2e-5  # largest absolute difference of a state; states are of order 1
 IMAGE_TOLERANCE = 5e-5
 GRADIENT_TOLERANCE = 1e-4  # relative, in the 2-norm
+STATES = ("before_norm", "after_norm")
 GRID = (8, 12)  # not square, so that rows and columns cannot be swapped
 TOKENS = GRID[0] * GRID[1] // 4
 
@@ -72,22 +73,27 @@ def oracle_inputs(batch: Batch) -> dict:
     return inputs
 
 
-def oracle_states(oracle, batch: Batch) -> np.ndarray:
-    """`hidden_states[-1]`, as the pipelines take it."""
+@pytest.fixture(scope="module")
+def both_states(oracle, text_batch, image_batch):
+    """By (kind of batch, side of the final norm): what hooks on the last layer and on the norm see."""
     import torch
 
-    with torch.no_grad():
-        return oracle(**oracle_inputs(batch), output_hidden_states=True).hidden_states[-1].numpy()
+    seen, found = watch(oracle), {}
+    for kind, batch in (("text", text_batch), ("images", image_batch)):
+        with torch.no_grad():
+            oracle.model(**oracle_inputs(batch))
+        found |= {(kind, state): seen[state].numpy() for state in STATES}
+    return found
 
 
 @pytest.fixture(scope="module")
-def text_states(oracle, text_batch):
-    return oracle_states(oracle, text_batch)
+def text_states(both_states):
+    return both_states["text", "after_norm"]
 
 
 @pytest.fixture(scope="module")
-def image_states(oracle, image_batch):
-    return oracle_states(oracle, image_batch)
+def image_states(both_states):
+    return both_states["images", "after_norm"]
 
 
 def forward(model, params, batch: Batch):
@@ -112,12 +118,23 @@ def changed(model: QwenVL, tower: str, **fields) -> QwenVL:
 # ------------------------------------------------------------------------------------------------------------- parity
 
 
-def test_text_equals_transformers(loaded, text_batch, text_states):
-    assert difference(*loaded, text_batch, text_states) <= TEXT_TOLERANCE
+@pytest.fixture(scope="module")
+def towers(folder, loaded):
+    """Ours, by the state that they give."""
+    return {"before_norm": load.load_qwen_vl(folder, final_norm=False), "after_norm": loaded}
 
 
-def test_images_equal_transformers(loaded, image_batch, image_states):
-    assert difference(*loaded, image_batch, image_states) <= IMAGE_TOLERANCE
+@pytest.mark.parametrize("kind, tolerance", [("text", TEXT_TOLERANCE), ("images", IMAGE_TOLERANCE)])
+def test_both_states_equal_transformers(towers, both_states, text_batch, image_batch, kind, tolerance):
+    batch = text_batch if kind == "text" else image_batch
+    found = {(a, b): difference(*towers[a], batch, both_states[kind, b]) for a in STATES for b in STATES}
+    assert max(found[state, state] for state in STATES) <= tolerance
+    assert min(found[a, b] for a in STATES for b in STATES if a != b) > 1e4 * tolerance  # the other side of the norm
+
+
+def test_a_tower_without_the_norm_does_not_hold_it(towers):
+    (_, before), (_, after) = towers["before_norm"], towers["after_norm"]
+    assert set(after["language_model"]) - set(before["language_model"]) == {"norm"}
 
 
 def test_positions_equal_transformers(oracle, image_batch):
@@ -209,10 +226,9 @@ def test_text_tower_computes_qwen2_5_vl(text_batch):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    rotary = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
     sizes = {**TEXT_SIZES, "hidden_size": 128, "rms_norm_eps": 1e-6}
     sizes.pop("head_dim")
-    config = transformers.models.qwen2_5_vl.Qwen2_5_VLTextConfig(**sizes, rope_parameters=rotary)
+    config = transformers.models.qwen2_5_vl.Qwen2_5_VLTextConfig(**sizes, **rotary(1e6, [4, 6, 6]))
     reference = randomize(transformers.models.qwen2_5_vl.Qwen2_5_VLTextModel(config))
     ids, mask = torch.from_numpy(text_batch.ids).long(), torch.from_numpy(text_batch.mask).long()
     # Positions that differ by axis, as image tokens have them.

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import older_transformers
 import pytest
 import reward_oracle
 import safetensors.numpy
 from flax import traverse_util
-from reward_oracle import ROWS, Oracle, random_pictures
+from reward_oracle import CASES, PROMPTS, ROWS, SHOWN, Oracle, random_pictures, shown_pictures, small_form
 
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.qwen_vl import rope
@@ -25,13 +26,6 @@ from dreamlite_jax.rewards.network import head_names
 
 SCORE_TOLERANCE = 1e-5  # scores are of order 1
 GRADIENT_TOLERANCE = 1e-3  # relative, in the 2-norm
-SHOWN = (120, 88)  # height and width; the judges see (140, 112), or (128, 96) in patches of 16
-PROMPTS = ["a red cat", "put the red cat with the long tail to the left of the house, please"]
-CASES = {
-    "hpsv3": ("qwen2_vl", "qwen2_vl_7b", HPSV3),
-    "editreward": ("qwen2_5_vl", "qwen2_5_vl_7b", EDIT_REWARD["qwen2_5_vl_7b"]),
-    "editreward3": ("qwen3_vl", "qwen3_vl_8b", EDIT_REWARD["qwen3_vl_8b"]),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,26 +41,31 @@ class Case:
     folder: Path
 
 
+def small_judge(kind: str, folder: Path) -> Judge:
+    """The judge of a folder that `Oracle.save` wrote."""
+    form, backbone = small_form(kind), CASES[kind][1]
+    loaded = load_judge(
+        RewardConfig(
+            "hpsv3" if kind == "hpsv3" else "editreward", checkpoint=str(folder / "checkpoint.safetensors"),
+            base=str(folder / "base"), backbone=backbone, tasks=("edit",) if form.sees_source else ("generate",),
+            dtype="float32", prompt_tokens=24, size_px=SHOWN,
+        )
+    )  # fmt: skip
+    network, params, tokenizer = loaded.network, loaded.params, loaded.tokenizer
+    return Judge(network, params, form, tokenizer, height=SHOWN[0], width=SHOWN[1], prompt_tokens=24)
+
+
 @pytest.fixture(scope="module", params=["hpsv3", "editreward", pytest.param("editreward3", marks=pytest.mark.slow)])
 def case(request, tmp_path_factory):
     import torch
 
-    family, backbone, form = CASES[request.param]
-    small = dataclasses.replace(form.rule, min_px=112**2, max_px=min(form.rule.max_px, 112**2 + 4000))
-    form = dataclasses.replace(form, rule=small)
+    kind, (family, _, _) = request.param, CASES[request.param]
+    form = small_form(kind)
     oracle = Oracle.of(family, form)
-    folder = tmp_path_factory.mktemp(request.param)
-    oracle.save(folder, old_names=request.param == "hpsv3")
-    kind = "hpsv3" if request.param == "hpsv3" else "editreward"
-    config = RewardConfig(
-        kind, checkpoint=str(folder / "checkpoint.safetensors"), base=str(folder / "base"), backbone=backbone,
-        tasks=("edit",) if form.sees_source else ("generate",), dtype="float32", prompt_tokens=24, size_px=SHOWN,
-    )  # fmt: skip
-    loaded = load_judge(config)
-    judge = Judge(
-        loaded.network, loaded.params, form, loaded.tokenizer, height=SHOWN[0], width=SHOWN[1], prompt_tokens=24
-    )
-    images, source = random_pictures(2, *SHOWN), random_pictures(2, *SHOWN, seed=1)
+    folder = tmp_path_factory.mktemp(kind)
+    oracle.save(folder, old_names=kind == "hpsv3")
+    judge = small_judge(kind, folder)
+    images, source = shown_pictures()
     context = Context(judge.prepare(PROMPTS), source, np.zeros_like(source), np.ones(2, np.float32))
     leaf = torch.from_numpy(images).requires_grad_(True)
     pictures = [torch.from_numpy(source), leaf] if form.sees_source else [leaf]
@@ -113,6 +112,41 @@ def test_scores_and_gradients_equal_transformers(case):
 
 def test_every_output_equals_transformers(case, ask, patches):
     np.testing.assert_allclose(ask(case.context.tokens, patches), case.expected, atol=SCORE_TOLERANCE, rtol=0)
+
+
+# The versions that the judges' code asks for: HPSv3's pyproject "at least" (its code of today needs 4.52), EditReward's
+# README at its release, and since it knows Qwen3-VL.
+RELEASED_WITH = [("hpsv3", "4.45.2"), ("hpsv3", "4.57.3"), ("editreward", "4.56.1"), ("editreward3", "4.57.0")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, version", RELEASED_WITH)
+def test_outputs_equal_the_transformers_of_the_release(kind, version, tmp_path):
+    """In a process of its own; heads read the normalised state there, and a tower without the norm is told apart."""
+    older = older_transformers.install(version, tmp_path / "older")
+    code = "import sys, pathlib, reward_oracle; reward_oracle.record(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    older_transformers.run(code, kind, str(tmp_path), older=older)
+    with np.load(tmp_path / "said.npz") as file:
+        said = dict(file)
+    assert str(said["version"]) == version
+    judge = small_judge(kind, tmp_path)
+    images, source = shown_pictures()
+    context = Context(judge.prepare(PROMPTS), source, np.zeros_like(source), np.ones(2, np.float32))
+    text = dataclasses.replace(judge.network.config.text, final_norm=False)
+    bare = judge.network.clone(config=dataclasses.replace(judge.network.config, text=text))
+    found = {}
+    for state, network in (("after_norm", judge.network), ("before_norm", bare)):
+        asked = Judge(
+            network, judge.params, judge.form, judge.tokenizer, height=SHOWN[0], width=SHOWN[1], prompt_tokens=24
+        )
+        outputs = np.asarray(jax.jit(asked.outputs)(judge.params, images, context))
+        found[state] = float(np.abs(outputs - said["outputs"]).max())
+    before, after = said["distances"]
+    print(f"{kind}, transformers {version}: heads read the norm's output ({after:.1e} from it, {before:.1e} from its "
+          f"input); ours after_norm {found['after_norm']:.1e}, before_norm {found['before_norm']:.1e}")  # fmt: skip
+    assert after == 0.0 and before > 0.1
+    assert found["after_norm"] <= SCORE_TOLERANCE
+    assert found["before_norm"] > 20 * SCORE_TOLERANCE
 
 
 def wrong_positions(judge: Judge, tokens: dict[str, np.ndarray]) -> np.ndarray:

@@ -10,27 +10,14 @@ from dreamlite_jax.text.qwen_inputs import QwenTokenizer
 
 @pytest.fixture(scope="session")
 def pipeline():
-    """The oracle: diffusers' pipeline with a small random text encoder and no U-Net or VAE."""
-    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_files())
-    return diffusers.DreamLitePipeline(
-        text_encoder=released_folder.text_encoder(),
-        tokenizer=tokenizer,
-        processor=released_folder.processor(tokenizer),
-        vae=None,
-        unet=None,
-        scheduler=None,
-    )
+    """The oracle: diffusers' pipeline under a transformers that gives what the released weights were trained on."""
+    return released_folder.prompt_pipeline()
 
 
 @pytest.fixture(scope="session")
 def folder(pipeline, tmp_path_factory):
     """The three folders of a released pipeline that the encoder reads."""
-    path = tmp_path_factory.mktemp("dreamlite")
-    pipeline.text_encoder.save_pretrained(path / "text_encoder")
-    pipeline.tokenizer.save_pretrained(path / "tokenizer")
-    pipeline.processor.image_processor.save_pretrained(path / "processor")
-    return path
+    return released_folder.write_prompt_parts(pipeline, tmp_path_factory.mktemp("dreamlite"))
 
 
 @pytest.fixture(scope="session")

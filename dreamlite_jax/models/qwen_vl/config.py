@@ -16,6 +16,7 @@ class TextTowerConfig:
 
     `qk_norm`, `qkv_bias` and `mrope_interleaved` are what tells Qwen3-VL (True, False, True) from Qwen2-VL and
     Qwen2.5-VL (False, True, False). `mrope_section` counts the rotary frequencies that follow time, row and column.
+    `final_norm` is no part of a checkpoint's config: whether the tower's result is the last layer's output normalised.
     """
 
     vocab_size: int
@@ -31,6 +32,7 @@ class TextTowerConfig:
     qk_norm: bool = True
     qkv_bias: bool = False
     norm_eps: float = 1e-6
+    final_norm: bool = True
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

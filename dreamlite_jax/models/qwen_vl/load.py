@@ -19,7 +19,8 @@ from dreamlite_jax.models.qwen_vl.model import STACKED, QwenVL, abstract_params,
 from dreamlite_jax.tensor_files import Stored
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-UNUSED = ("lm_head.weight",)  # next-token logits; an encoder stops before them
+# Next-token logits, and the norm before them: an encoder stops earlier, unless it asks for the norm (`final_norm`).
+UNUSED = ("lm_head.weight", "language_model.norm.weight")
 
 LeafPath = tuple[str, ...]  # of a leaf in our parameter tree
 NameOf = Callable[[LeafPath, int | None], str]  # of a leaf, and of which layer of it, in the checkpoint
@@ -41,6 +42,7 @@ def load_qwen_vl(
     param_dtype: DTypeLike | None = None,
     remat: bool = False,
     mesh: Mesh | None = None,
+    final_norm: bool = True,
 ) -> tuple[QwenVL, Any]:
     """Model and parameters of a transformers folder of Qwen2-VL, Qwen2.5-VL or Qwen3-VL; config.json has the sizes.
 
@@ -48,6 +50,7 @@ def load_qwen_vl(
       dtype: of the computation.
       param_dtype: of the parameters in memory; None: as `dtype`.
       mesh: with axes (data, fsdp): parameters are split over fsdp as they are read, activations pinned to data.
+      final_norm: see `TextTowerConfig`.
 
     Raises:
       UserError: a file is missing, truncated or of another kind, or a tensor is missing, unknown, of another shape or
@@ -55,16 +58,18 @@ def load_qwen_vl(
     """
     folder = Path(folder)
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    model = QwenVL(read_config(folder), dtype, dtype if param_dtype is None else param_dtype, remat, sharding)
+    config = read_config(folder, final_norm)
+    model = QwenVL(config, dtype, dtype if param_dtype is None else param_dtype, remat, sharding)
     shapes = abstract_params(model)
     placement = None if mesh is None else param_shardings(shapes, mesh)
     return model, load_params(folder, shapes, model.config, placement)
 
 
-def read_config(folder: str | Path) -> QwenVLConfig:
-    """The architecture in a folder's config.json."""
+def read_config(folder: str | Path, final_norm: bool = True) -> QwenVLConfig:
+    """The architecture in a folder's config.json, with the choice that it does not hold."""
     path = Path(folder) / "config.json"
-    return from_transformers(read_json(path), str(path))
+    config = from_transformers(read_json(path), str(path))
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, final_norm=final_norm))
 
 
 def load_params(

@@ -1,4 +1,4 @@
-"""A Qwen vision-language model as an encoder: token ids and patches to the last hidden state.
+"""A Qwen vision-language model as an encoder: token ids and patches to the states of its last layer.
 
 Oracles: transformers `Qwen2VLModel`, `Qwen2_5_VLModel`, `Qwen3VLModel`.
 """
@@ -51,7 +51,7 @@ class QwenVL(nn.Module):
         patches: Float[Array, "b m n p"] | None = None,
         grid: rope.Grid | None = None,
     ) -> Float[Array, "b s d"]:
-        """Last hidden state, after the final norm.
+        """The last layer's states, normalised if `config.text.final_norm`.
 
         Args:
           mask: (b, s), above 0 = keep.
@@ -86,7 +86,7 @@ class QwenVL(nn.Module):
         tokens: Float[Array, "b t d"],
         taps: Float[Array, "l b t d"],
     ) -> Float[Array, "b s d"]:
-        """Last hidden state of a text with what `see` saw at its image tokens, in their order."""
+        """As the call, of a text with what `see` saw at its image tokens, in their order."""
         x = self.language_model.embed(ids)
         is_image = ids == self.config.image_token_id
         order = jnp.maximum(jnp.cumsum(is_image, -1) - 1, 0)[..., None]

@@ -60,9 +60,11 @@ class TextLayer(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token embeddings and decoder layers; the result is the state after the final norm, which is `hidden_states[-1]`.
+    """Token embeddings and decoder layers; the result is the last layer's output, through the final norm if
+    `config.final_norm`.
 
-    Attributes as in `QwenVL`. Layer parameters are stacked on a first axis under `layers`.
+    `hidden_states[-1]` of a whole Qwen3-VL of transformers is the state before the norm in 4.57 and the one after it in
+    5. Attributes as in `QwenVL`. Layer parameters are stacked on a first axis under `layers`.
     """
 
     config: TextTowerConfig
@@ -77,7 +79,7 @@ class TextTower(nn.Module):
             config.vocab_size, config.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype
         )
         self.layers = self.param("layers", layers.init_stack, self.layer, config.num_layers, *self._layer_inputs())
-        self.norm = layers.RMSNorm(config.norm_eps, self.param_dtype)
+        self.norm = layers.RMSNorm(config.norm_eps, self.param_dtype) if config.final_norm else None
 
     @property
     def layer(self) -> TextLayer:
@@ -99,7 +101,7 @@ class TextTower(nn.Module):
         mask: Array,
         deepstack: Float[Array, "n b s d"] | None = None,
     ) -> Float[Array, "b s d"]:
-        """Final states of embeddings `x`.
+        """States of embeddings `x` after all layers.
 
         Args:
           positions: time, row and column of each token (`rope.text_positions`, `rope.multimodal_positions`).
@@ -116,7 +118,7 @@ class TextTower(nn.Module):
         if first:
             x = layers.run_stack(self.layer, self.layers, x, *inputs, blocks=(0, first), added=deepstack, **run)
         x = layers.run_stack(self.layer, self.layers, x, *inputs, blocks=(first, config.num_layers), **run)
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
 
 
 def causal_bias(mask: Array) -> Float[Array, "b 1 1 s s"]:
