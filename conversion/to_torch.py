@@ -36,9 +36,10 @@ PARTS = {  # classes of a pipeline's parts, where a converted folder does not sa
 }
 
 PINS: dict[TextState, str] = {
-    "before_norm": "this network reads Qwen3-VL's states before the final norm: its users must pin transformers==4.57.3, "
-    "as DreamLite does, and with it diffusers==0.39.0; with transformers 5 diffusers reads the states after the norm, "
-    "without a word, unless their code puts the last decoder layer's output into hidden_states[-1]",
+    "before_norm": "this network reads Qwen3-VL's states before the final norm: its users must pin "
+    "transformers==4.57.3, as DreamLite does, and with it diffusers==0.39.0; with transformers 5 diffusers reads the "
+    "states after the norm, without a word, unless their code puts the last decoder layer's output into "
+    "hidden_states[-1]",
     "after_norm": "this network reads Qwen3-VL's states after the final norm: its users must pin transformers>=5; with "
     "4.57.3 diffusers reads those before the norm, without a word",
 }
