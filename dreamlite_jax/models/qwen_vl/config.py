@@ -195,7 +195,8 @@ def _text_variant(text: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 def _vision_fields(vision: Mapping[str, Any], family: str) -> dict[str, Any]:
     """Sizes of the vision tower; Qwen2-VL calls the text's width hidden_size and its own embed_dim."""
-    fields = _fields(vision, VisionTowerConfig, _VISION_NAMES)
+    fields = {} if family == "qwen3_vl" else {"patch_size": 14}  # transformers 4 leaves out what is the family's own
+    fields |= _fields(vision, VisionTowerConfig, _VISION_NAMES)
     if family == "qwen2_vl" and {"embed_dim", "hidden_size"} <= vision.keys():
         width = vision["embed_dim"]
         hidden = int(width * vision.get("mlp_ratio", 4))
