@@ -1,10 +1,12 @@
 """Precomputed examples: latents and text states in ArrayRecord shards, written by `precompute`, read by training.
 
-A folder holds `latents-00000-of-00004.array_record`, …, and `info.json`, written last: without it the folder is
-incomplete. Where its pictures have several sizes, `info.json` lists them and `buckets.npy` says which each record has.
+A folder holds shards `latents-*.array_record` and `info.json`, which names them and is written last: without it the
+folder is incomplete. Where its pictures have several sizes, `info.json` lists them, and names a table of the size that
+each record has. What `precompute` needs to know besides, to keep what did not change, is in `kept`.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -20,13 +22,15 @@ import numpy as np
 from dreamlite_jax.data import reading
 from dreamlite_jax.data.buckets import Size
 from dreamlite_jax.data.reading import BadRecords
-from dreamlite_jax.data.sources import BadRecord
+from dreamlite_jax.data.records import BadRecord
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import read_json
 from dreamlite_jax.training.config import SourceConfig
 
 FORMAT = 1
-BUCKETS = "buckets.npy"  # the bucket of each record, where a folder has several
+INFO = "info.json"
+BUCKETS = "buckets.npy"  # the bucket of each record, where a folder has several and its info names no other table
+LARGEST = float(np.finfo(np.float16).max)  # that a stored number can be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +60,25 @@ class Example:
 ARRAYS = ("target", "source", "changed", "states", "null_tail")
 
 
+def check_range(example: Example, where: str, remedy: str) -> None:
+    """Raises `UserError` where an array holds what is no number, or none that float16 has."""
+    for name in ARRAYS:
+        array = getattr(example, name)
+        if array is None or np.abs(array).max(initial=0.0) <= LARGEST:  # False for NaN too
+            continue
+        what = {"target": "latents of the target", "source": "latents of the source"}.get(name, name)
+        numbers = array[np.isfinite(array)]
+        largest = f"{np.abs(numbers).max():g}" if len(numbers) else "none"
+        nans, infinite = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+        raise UserError(
+            f"{where}: {what} hold {nans} NaN and {infinite} infinite values, the largest finite one is {largest}; "
+            f"float16, in which they are kept, ends at {LARGEST:g}: {remedy}"
+        )
+
+
 def pack(example: Example) -> bytes:
-    """Record of an example; arrays as float16 with their shapes."""
+    """Record of an example; arrays as float16 with their shapes. Raises `UserError` where they do not fit in."""
+    check_range(example, f"record {example.id}", "the encoder that they come from is broken or of another scale")
     fields = dataclasses.asdict(example)
     for name in ARRAYS:
         array = fields[name]
@@ -82,6 +103,11 @@ def shard_path(directory: Path, index: int, count: int) -> Path:
 
 def write_shard(path: Path, examples: Iterator[Example]) -> None:
     """Writes one shard under a temporary name and renames it when whole."""
+    os.replace(write_records(path, map(pack, examples)), path)
+
+
+def write_records(path: Path, records: Iterator[bytes]) -> Path:
+    """Writes packed examples beside `path`. Returns the temporary file, which is whole."""
     from array_record.python import array_record_module
 
     for stale in path.parent.glob(f"{path.stem}.*.tmp"):  # of an attempt that was killed; nobody else writes this shard
@@ -89,22 +115,22 @@ def write_shard(path: Path, examples: Iterator[Example]) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     try:
-        for example in examples:
-            writer.write(pack(example))
+        for record in records:
+            writer.write(record)
     except BaseException:
         writer.close()
         temporary.unlink(missing_ok=True)
         raise
     writer.close()
-    os.replace(temporary, path)
+    return temporary
 
 
 def write_info(directory: Path, info: dict[str, Any], null_states: np.ndarray) -> None:
     """Marks a folder complete. `null_states` (s, d) is the empty prompt, for dropped text."""
     info = {"format": FORMAT, **info, "null_states": np.asarray(null_states, np.float32).tolist()}
-    temporary = directory / f"info.json.{uuid.uuid4().hex}.tmp"  # several hosts may get here at the same moment
+    temporary = directory / f"{INFO}.{uuid.uuid4().hex}.tmp"  # several hosts may get here at the same moment
     temporary.write_text(json.dumps(info))
-    os.replace(temporary, directory / "info.json")
+    os.replace(temporary, directory / INFO)
 
 
 def read_info(directory: str | os.PathLike) -> dict[str, Any]:
@@ -113,7 +139,7 @@ def read_info(directory: str | os.PathLike) -> dict[str, Any]:
     Raises:
       UserError: not such a folder, or an incomplete one.
     """
-    path = Path(directory) / "info.json"
+    path = Path(directory) / INFO
     if not path.is_file():
         raise UserError(
             f"{directory} holds no complete set of latents (no info.json); "
@@ -129,7 +155,26 @@ def read_info(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def shards(directory: str | os.PathLike, info: dict[str, Any]) -> list[Path]:
+    """The shards that count; folders of older versions do not name them."""
+    if "files" in info:
+        return [Path(directory) / name for name in info["files"]]
     return [shard_path(Path(directory), i, info["shards"]) for i in range(info["shards"])]
+
+
+def folder_digest(directory: str | os.PathLike) -> str:
+    """What tells a complete folder from another, without reading all of it; the same for a copy of it elsewhere.
+
+    Of a folder that says what it was made of, that, so the content of every record; of older ones what they say of
+    themselves, how many records they have, and the first and the last of them.
+    """
+    info = read_info(directory)
+    if "digest" in info:
+        return info["digest"]
+    records = open_examples(directory)
+    found = hashlib.sha256(json.dumps([info, len(records)], sort_keys=True).encode())
+    for index in (0, len(records) - 1) if len(records) else ():
+        found.update(records[index])
+    return found.hexdigest()[:32]
 
 
 def open_examples(directory: str | os.PathLike) -> Sequence[bytes]:
@@ -202,6 +247,7 @@ def first_examples(source: SourceConfig, count: int) -> list[Example]:
             example = unpack(records[i])
         except Exception:  # a damaged record; training names it
             continue
+        _check_read(example, source.path, i)
         if not found or (example.size, example.task) == (found[0].size, found[0].task):
             found.append(example)
         if len(found) == count:
@@ -209,6 +255,12 @@ def first_examples(source: SourceConfig, count: int) -> list[Example]:
     if not found:
         raise UserError(f"none of the first records of {source.path} can be read; precompute again")
     return found
+
+
+def _check_read(example: Example, folder: str, index: int) -> None:
+    """Raises `UserError` where a folder of an older version holds what is no number."""
+    remedy = "an older version kept them; repair the encoder that they come from and precompute into another folder"
+    check_range(example, f"{folder} record {index} ({example.id})", remedy)
 
 
 class LatentReader:
@@ -250,17 +302,20 @@ class LatentReader:
     def _buckets(self, source: int, sizes: Sequence[Size]) -> np.ndarray | None:
         numbers = np.asarray([self.sizes.index(size) for size in sizes], np.int32)
         if len(sizes) > 1:
-            table = np.load(Path(self.configs[source].path) / BUCKETS)
+            name = self.infos[source].get("bucket_table", BUCKETS)
+            table = np.load(Path(self.configs[source].path) / name)
             if len(table) != self.lengths[source]:
-                raise UserError(f"{self.configs[source].path}/{BUCKETS} is not of these shards; precompute again")
+                raise UserError(f"{self.configs[source].path}/{name} is not of these shards; precompute again")
             return numbers[table]
         return None if numbers[0] == 0 else np.full(self.lengths[source], numbers[0], np.int32)
 
     def _example(self, source: int, index: int) -> Example:
         try:
-            return unpack(self._records[source][index])
+            example = unpack(self._records[source][index])
         except Exception as error:  # of msgpack and of the library, which raise nearly anything
             raise BadRecord(f"cannot be read ({error}); the record or its shard is damaged") from None
+        _check_read(example, self.configs[source].path, index)
+        return example
 
     def load(self, source: int, index: int, bucket: int) -> dict[str, np.ndarray]:
         del bucket  # latents have the size they were made with

@@ -6,6 +6,7 @@ and what the iterator saves is the same on every one.
 
 import contextlib
 import multiprocessing
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,14 +18,16 @@ import grain
 import numpy as np
 
 from dreamlite_jax.data import reading
-from dreamlite_jax.data.buckets import Plan, Size, Stream, bucket_sizes, nearest_bucket
-from dreamlite_jax.data.index import bucket_table
+from dreamlite_jax.data.buckets import Plan, Size, Stream, bucket_sizes
+from dreamlite_jax.data.fit import check_limits, summary
+from dreamlite_jax.data.index import bucket_table, picture_sizes, sampled_sizes
 from dreamlite_jax.data.reading import BadRecords, Loaded, Reader
-from dreamlite_jax.data.sources import BadRecord, Source, open_source
+from dreamlite_jax.data.records import BadRecord
+from dreamlite_jax.data.sources import Source, open_source
 from dreamlite_jax.data.transforms import Item, picture_size
 from dreamlite_jax.data.transforms import item as transform
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest, null_tails
+from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest, PromptTooLong, null_tails
 from dreamlite_jax.training.config import BucketConfig, DataConfig, SourceConfig
 
 GROUP = 8  # samples that a worker reads in one go
@@ -104,9 +107,20 @@ def raw_batches(
         bad.shards(config.path, source.missing, source.missing_share)
     sizes = source_sizes(data.buckets, sources)
     tables: list[np.ndarray | None] = [None] * len(sources)
-    if len(sizes) > 1:
-        pairs = zip(sources, data.sources, strict=True)
-        tables = [bucket_table(source, config, sizes, data.threads) for source, config in pairs]
+    for i, (source, config) in enumerate(zip(sources, data.sources, strict=True)):
+        looked, of = range(len(source)), ""
+        if len(sizes) > 1:
+            found = picture_sizes(source, config, data.threads)
+            tables[i] = bucket_table(found, config, sizes)
+        elif config.form != "sprites" and host == 0:
+            looked, found = sampled_sizes(source, data.threads)
+            of = f"{len(looked):,} of {len(source):,} records looked at" if len(looked) < len(source) else ""
+        else:
+            continue
+        if host == 0:
+            names = [source.name, looked]
+            for line in summary(sizes, found, config, lambda row, names=names: names[0](int(names[1][row])), of):
+                print(line, file=sys.stderr, flush=True)
     reader = reading.RawReader(data.sources, sizes, tables)
     return Batches(
         reader, make_form(sizes), weights=[config.weight for config in data.sources], batch_size=data.batch_size,
@@ -132,7 +146,7 @@ def first_items(config: SourceConfig, buckets: BucketConfig, count: int) -> tupl
     for index in range(min(reading.LOOKED_AT, len(source))):
         with contextlib.suppress(BadRecord):  # training names it
             record = source[index]
-            own = (int(nearest_bucket(sizes, np.asarray([picture_size(record.target)]))[0]), record.task)
+            own = (check_limits(picture_size(record.target), sizes, config), record.task)
             if kind in (None, own):
                 found.append(transform(record, sizes[own[0]], changed_levels=config.changed_levels))
                 kind = own
@@ -215,7 +229,9 @@ class BatchIterator(grain.DatasetIterator):
             for row, error in bad:
                 source, index = pending.samples[row]
                 name = batches.reader.name(source, loaded[row].index)
-                batches.bad.add(self._source_name(source), name, str(error))
+                long = isinstance(error, PromptTooLong)
+                more = "; config.data.text_length and config.model.text.max_length set the limit" if long else ""
+                batches.bad.add(self._source_name(source), name, f"{error}{more}")
                 refused.setdefault(row, []).append(loaded[row].index)
                 loaded[row] = reading.read(batches.reader, source, index, pending.bucket, refused[row])
                 batches.form.fill(pending.batch, row, loaded[row].item)

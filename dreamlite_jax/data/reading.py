@@ -17,7 +17,9 @@ import numpy as np
 
 from dreamlite_jax.data import transforms
 from dreamlite_jax.data.buckets import Size
-from dreamlite_jax.data.sources import BadRecord, Source, open_source
+from dreamlite_jax.data.fit import check_limits
+from dreamlite_jax.data.records import BadRecord
+from dreamlite_jax.data.sources import Source, open_source
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training.config import SourceConfig
 
@@ -181,8 +183,10 @@ class RawReader:
         return self.__dict__ | {"_sources": None}
 
     def load(self, source: int, index: int, bucket: int) -> transforms.Item:
-        levels = self.configs[source].changed_levels
-        return transforms.item(self.sources[source][index], self.sizes[bucket], changed_levels=levels)
+        config, record = self.configs[source], self.sources[source][index]
+        if config.least_side or config.most_cut < 1:
+            check_limits(transforms.picture_size(record.target), self.sizes, config)
+        return transforms.item(record, self.sizes[bucket], changed_levels=config.changed_levels)
 
     def name(self, source: int, index: int) -> str:
         return self.sources[source].name(index)

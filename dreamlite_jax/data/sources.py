@@ -8,46 +8,41 @@ What is wrong with a whole source (no such folder, no such field) is a `UserErro
 one record is a `BadRecord` when it is read, and the reader decides (`reading`). Nothing here imports TensorFlow.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from dreamlite_jax.config import suggestion
+from dreamlite_jax.data.folder import Folder
+from dreamlite_jax.data.records import (
+    BadRecord,
+    Record,
+    Stamp,
+    check_fields,
+    check_text,
+    decoded,
+    kind_of,
+    mapping_hint,
+    named_fields,
+    record_of,
+)
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.text.templates import Task
 from dreamlite_jax.training.config import FieldsConfig, SourceConfig
 
-EncodedPicture = bytes | np.ndarray  # of a file, or (H, W, 3 or 1) uint8
-JSONL = "metadata.jsonl"
-
-
-class BadRecord(Exception):
-    """A record that cannot be used; the message says why, the caller where."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What one record of a source says. `source` and `mask` are None where there is none."""
-
-    id: str
-    task: Task
-    text: str
-    target: EncodedPicture
-    source: EncodedPicture | None = None
-    mask: EncodedPicture | None = None
+LOOKED_AT = 100  # records at the beginning of shards that are asked for their fields
 
 
 class Source(Protocol):
     """Random access to records.
 
     Attributes:
-      files: that it reads from, as far as they tell whether it has changed.
+      files: that say what the records are.
       missing: shards that were left out. missing_share: how much of the source that is.
     """
 
@@ -60,6 +55,9 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
     def name(self, index: int) -> str: ...
+
+    def stamps(self, index: int) -> Sequence[Stamp]:
+        """Of the record's own files beyond `files`: its target's first. Raises `BadRecord` where one is missing."""
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -81,84 +79,19 @@ def open_source(config: SourceConfig) -> Source:
     return source
 
 
-# --- fields of a record
-
-
-def lookup(fields: Any, name: str) -> Any:
-    """Field `name` ("captions.text" goes into a nested one; of a list the first entry counts), or None."""
-    for part in name.split("."):
-        fields = _first(fields)
-        if not isinstance(fields, Mapping) or part not in fields:
-            return None
-        fields = fields[part]
-    return _first(fields)
-
-
-def _first(value: Any) -> Any:
-    entries = isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim == 1)
-    return (value[0] if len(value) else None) if entries else value
-
-
-def kind_of(known: Mapping[str, bool], fields: FieldsConfig) -> Task:
-    """Task of a record, from which of the config's fields it has.
-
-    Raises:
-      BadRecord: too few of them for either task.
-    """
-    if all(known[name] for name in ("source", "instruction", "target")):
-        return "edit"
-    if known["image"] and known["caption"]:
-        return "generate"
-    edit = known["source"] or known["instruction"] or known["target"]
-    wanted = ("source", "instruction", "target") if edit else ("image", "caption")
-    lacking = [getattr(fields, name) for name in wanted if not known[name]]
-    raise BadRecord(
-        f"no field {', '.join(map(repr, lacking))}; a record has {fields.image} and {fields.caption}, or "
-        f"{fields.source}, {fields.instruction} and {fields.target}"
-    )
-
-
-def record_of(values: Mapping[str, Any], fields: FieldsConfig, default_id: str) -> Record:
-    """The record that a mapping of fields stands for. Raises `BadRecord` when a field is missing or the text empty."""
-    found = {field: lookup(values, name) for field, name in dataclasses.asdict(fields).items()}
-    task = kind_of({name: value is not None for name, value in found.items()}, fields)
-    editing = task == "edit"
-    return Record(
-        id=_text(found["id"]) or default_id,
-        task=task,
-        text=check_text(found["instruction" if editing else "caption"]),
-        target=found["target" if editing else "image"],
-        source=found["source"] if editing else None,
-        mask=found["mask"] if editing else None,
-    )
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            raise BadRecord(f"text {value[:40]!r} is not UTF-8") from None
-    return "" if value is None else str(value)
-
-
-def check_text(value: Any) -> str:
-    """Words without white space around them; `BadRecord` when there are none."""
-    if not isinstance(value, str | bytes):
-        raise BadRecord(f"text is {value!r}, a {type(value).__name__}; it must be words")
-    text = _text(value).strip()
-    if not text:
-        raise BadRecord("text is empty")
-    return text
-
-
 # --- kinds
 
 
-class Sprites:
+class _Shards:
+    """A source whose records are in its files."""
+
+    def stamps(self, index: int) -> Sequence[Stamp]:
+        return ()
+
+
+class Sprites(_Shards):
     """The embedded emoji scenes (`data.sprites`)."""
 
-    files: Sequence[Path] = ()
     missing: Sequence[str] = ()
     missing_share = 0.0
 
@@ -168,6 +101,7 @@ class Sprites:
         task, size = sprite_set(config.name)
         self.size = size
         self._records = builder.open_split(config.path, task, size, config.split)
+        self.files = builder.split_files(config.path, task, size, config.split)
         self._where = f"{config.name} {config.split}"
 
     def __len__(self) -> int:
@@ -179,9 +113,9 @@ class Sprites:
     def __getitem__(self, index: int) -> Record:
         fields = self._records[index]
         return Record(
-            id=_text(fields["id"]),
-            task=_text(fields["task"]),
-            text=check_text(fields["text"]),
+            id=decoded("id", fields["id"]),
+            task=decoded("task", fields["task"]),
+            text=check_text(fields["text"], "generate"),
             target=fields["target"],
             source=fields["source"] or None,
         )
@@ -195,7 +129,7 @@ def sprite_set(name: str) -> tuple[str, int]:
     return task, int(size)
 
 
-class ArrayRecords:
+class ArrayRecords(_Shards):
     """Shards of msgpack maps. Shards that names such as x-00002-of-00004 promise but that are missing are left out."""
 
     def __init__(self, config: SourceConfig):
@@ -217,7 +151,7 @@ class ArrayRecords:
                 count = reader.num_records()
                 reader.close()  # says what is wrong with a file that has been cut short
             except Exception as error:  # the library raises nothing narrower
-                self.missing.append(f"{path.name} (cannot be opened: {_line(error)})")
+                self.missing.append(f"{path.name} (cannot be opened: {short_line(error)})")
             else:
                 self._paths.append(path)
                 counts.append(count)
@@ -225,6 +159,19 @@ class ArrayRecords:
         self.files = self._paths
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._readers: dict[int, Any] = {}
+        self._find_fields(folder, config.name)
+
+    def _find_fields(self, folder: Path, name: str) -> None:
+        """Settles what fields are called, by the first records. Raises `UserError` where none of them has a task's."""
+        found: list[dict[str, Any]] = []
+        for index in range(min(LOOKED_AT, len(self))):
+            with contextlib.suppress(BadRecord):  # of one that is damaged
+                found.append(self._values(index))
+        there = {str(key) for values in found for key in values}
+        self._fields = named_fields(self._fields, there)
+        refused = _refusal(found, self._fields)
+        if refused:
+            raise UserError(f"source {folder} {name}: {refused}; {mapping_hint(there)}")
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -238,6 +185,9 @@ class ArrayRecords:
         return f"{self._paths[shard].name}[{position}]"
 
     def __getitem__(self, index: int) -> Record:
+        return record_of(self._values(index), self._fields, self.name(index))
+
+    def _values(self, index: int) -> dict[str, Any]:
         import msgpack
         from array_record.python import array_record_module
 
@@ -248,10 +198,23 @@ class ArrayRecords:
         try:
             values = msgpack.unpackb(self._readers[shard].read([position])[0])
         except Exception as error:  # of msgpack and of the library, which raise nearly anything
-            raise BadRecord(f"cannot be read ({_line(error)}); the record or its shard is damaged") from None
+            raise BadRecord(f"cannot be read ({short_line(error)}); the record or its shard is damaged") from None
         if not isinstance(values, dict):
             raise BadRecord(f"is a {type(values).__name__}; it must be a msgpack map of fields")
-        return record_of(values, self._fields, self.name(index))
+        return values
+
+
+def _refusal(rows: Sequence[Any], fields: FieldsConfig) -> str:
+    """Why no row has the fields of a task; empty where one has, or where there is no row to tell by."""
+    why = ""
+    for row in rows:
+        try:
+            check_fields(row, fields)
+        except BadRecord as error:
+            why = why or str(error)
+        else:
+            return ""
+    return why
 
 
 def _missing_shards(names: Sequence[str]) -> list[str]:
@@ -265,13 +228,7 @@ def _missing_shards(names: Sequence[str]) -> list[str]:
     return [name for name in promised if name not in found]
 
 
-def _line(error: BaseException) -> str:
-    """An error on one line, not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
-class TensorflowDataset:
+class TensorflowDataset(_Shards):
     """A split of a prepared data set, through `as_data_source`. Pictures stay encoded; missing shards are left out."""
 
     def __init__(self, config: SourceConfig):
@@ -291,8 +248,9 @@ class TensorflowDataset:
             raise UserError(
                 f"source {directory} has no split {config.split!r}; its splits are {', '.join(info.splits)}"
             ) from None
-        self._check_fields(directory, info.features, config.fields)
-        self._fields, self._where = config.fields, f"{config.name} {config.split}"
+        self._fields = named_fields(config.fields, set(info.features))
+        self._check_fields(directory, info.features, self._fields)
+        self._where = f"{config.name} {config.split}"
         self._records = builder.as_data_source(config.split, decoders=_encoded_pictures(info.features))
         kept, start, self.missing, self.files = [], 0, [], []
         for file in files:
@@ -317,7 +275,7 @@ class TensorflowDataset:
         try:
             kind_of(known, fields)
         except BadRecord as error:
-            raise UserError(f"source {directory}: {error}; its fields are {', '.join(features)}") from None
+            raise UserError(f"source {directory}: {error}; {mapping_hint(set(features))}") from None
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -329,7 +287,7 @@ class TensorflowDataset:
         try:
             values = self._records[int(self._kept[index])]
         except Exception as error:  # of protobuf, numpy and the library, which raise nearly anything
-            raise BadRecord(f"cannot be read ({_line(error)}); the record or its shard is damaged") from None
+            raise BadRecord(f"cannot be read ({short_line(error)}); the record or its shard is damaged") from None
         return record_of(values, self._fields, self.name(index))
 
 
@@ -360,70 +318,3 @@ def _encoded_pictures(features: Any) -> dict[str, Any]:
         elif isinstance(feature, tfds.features.FeaturesDict) and (inner := _encoded_pictures(feature)):
             decoders[name] = inner
     return decoders
-
-
-class Folder:
-    """Pictures in a folder, one JSON object a line: {"image", "caption"} or {"source", "instruction", "target"}."""
-
-    missing: Sequence[str] = ()
-    missing_share = 0.0
-
-    def __init__(self, config: SourceConfig):
-        self._folder, self._fields = Path(config.path), config.fields
-        self._path = self._folder / (config.name or JSONL)
-        if not self._path.is_file():
-            raise UserError(f"source {self._path}: no such file; kind folder needs one JSON object a line in it")
-        self.files = (self._path,)
-        starts, self._lines, start = [], [], 0
-        with open(self._path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    self._check(number, line)
-                    starts.append((start, start + len(line)))
-                    self._lines.append(number)
-                start += len(line)
-        self._spans = np.asarray(starts, np.int64).reshape(-1, 2)
-        self._file = os.open(self._path, os.O_RDONLY)
-
-    def _check(self, number: int, line: bytes) -> None:
-        """Every line has the fields of one task: another schema is no accident of one record."""
-        where = f"source {self._path} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is a {type(row).__name__}; it must be an object with fields")
-        known = {
-            f.name: lookup(row, getattr(self._fields, f.name)) is not None for f in dataclasses.fields(FieldsConfig)
-        }
-        try:
-            kind_of(known, self._fields)
-        except BadRecord as error:
-            raise UserError(f"{where}: {error}") from None
-
-    def __del__(self):
-        if hasattr(self, "_file"):
-            os.close(self._file)
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def name(self, index: int) -> str:
-        return f"{self._path.name} line {self._lines[index]}"
-
-    def __getitem__(self, index: int) -> Record:
-        start, end = map(int, self._spans[index])
-        record = record_of(json.loads(os.pread(self._file, end - start, start)), self._fields, "")
-        pictures = {name: self._read(getattr(record, name)) for name in ("target", "source", "mask")}
-        return dataclasses.replace(record, id=record.id or str(record.target), **pictures)
-
-    def _read(self, name: Any) -> bytes | None:
-        if name is None:
-            return None
-        if not isinstance(name, str):
-            raise BadRecord(f"picture is {name!r}; it must be the path of a file")
-        try:
-            return (self._folder / name).read_bytes()
-        except OSError as error:
-            raise BadRecord(f"picture {name}: {error.strerror or error}") from None

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dreamlite_jax import decoding
 from dreamlite_jax.data.buckets import Size
-from dreamlite_jax.data.sources import BadRecord, EncodedPicture, Record
+from dreamlite_jax.data.records import BadRecord, EncodedPicture, Record
 from dreamlite_jax.text.templates import Task
 
 SHRINK_LEFT = 2.0  # a JPEG is decoded at a reduced scale only while this factor remains for the resampling filter

@@ -49,6 +49,10 @@ class PromptStates(NamedTuple):
     mask: Float[np.ndarray, "b s"]
 
 
+class PromptTooLong(UserError):
+    """A prompt has more tokens than may be; nothing is ever cut off silently."""
+
+
 @runtime_checkable
 class PromptEncoder(Protocol):
     """An encoder of prompts.
@@ -111,7 +115,7 @@ def check_token_count(count: int, limit: int, text: str) -> None:
     """Refuses a prompt of more tokens than the limit, naming both and the prompt's first words."""
     if count > limit:
         start = text if len(text) <= 80 else text[:77] + "..."
-        raise UserError(f"the prompt has {count} tokens and the limit is {limit}: {start!r}; shorten it")
+        raise PromptTooLong(f"the prompt has {count} tokens and the limit is {limit}: {start!r}; shorten it")
 
 
 def bucket_length(count: int, buckets: Sequence[int]) -> int:
@@ -123,7 +127,7 @@ def bucket_length(count: int, buckets: Sequence[int]) -> int:
     for bucket in buckets:
         if count <= bucket:
             return bucket
-    raise UserError(f"the prompt has {count} tokens and the limit is {buckets[-1]}; shorten it")
+    raise PromptTooLong(f"the prompt has {count} tokens and the limit is {buckets[-1]}; shorten it")
 
 
 def stack_states(
@@ -140,7 +144,7 @@ def stack_states(
     elif length < 1:
         raise UserError(f"length is {length}; it must be a positive number of tokens")
     elif longest > length:
-        raise UserError(f"the prompt has {longest} tokens and the limit is {length}; shorten it")
+        raise PromptTooLong(f"the prompt has {longest} tokens and the limit is {length}; shorten it")
     states = np.zeros((len(rows), length, hidden_dim), np.float32)
     mask = np.zeros((len(rows), length), np.float32)
     for i, row in enumerate(rows):

@@ -51,6 +51,18 @@ def load_encoder(
     return MiniLMEncoder(params, max_length=config.max_length, buckets=buckets)
 
 
+def encoder_sha256(config: TextConfig, directory: str | Path = ".") -> str:
+    """The sha256 of the weights that `load_encoder` would load. Raises `UserError` where they are missing."""
+    if config.encoder == "qwen3_vl":
+        from dreamlite_jax.models.qwen_vl.load import weight_files
+        from dreamlite_jax.text.qwen_encoder import weights_folder
+
+        return sha256_of(weight_files(weights_folder(Path(directory) / config.source)))
+    from dreamlite_jax.models.minilm import weights_sha256
+
+    return weights_sha256()
+
+
 def buckets_up_to(longest: int, usual: Sequence[int]) -> tuple[int, ...]:
     """The usual padded lengths below the longest, and that."""
     return (*(length for length in usual if length < longest), longest)

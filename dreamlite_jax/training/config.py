@@ -68,6 +68,9 @@ class SourceConfig:
       array_record: the shards *.array_record in folder `path` whose names begin with `name`, of msgpack maps.
       folder: pictures in folder `path`, and its file `name` (default: metadata.jsonl) with one JSON object a line.
     An empty kind means sprites where there is a `name`, else latents.
+
+    Raw pictures with a side below `least_side` pixels, or that lose more than the share `most_cut` of their area when
+    they are cut to their bucket, are bad records.
     """
 
     path: str
@@ -77,6 +80,14 @@ class SourceConfig:
     kind: Literal["", "latents", "sprites", "tfds", "array_record", "folder"] = ""
     fields: FieldsConfig = FieldsConfig()
     changed_levels: int = 8  # of 255: an edit without a mask changes the pixels that differ by more than this
+    least_side: int = 0
+    most_cut: float = 1.0
+
+    def check(self, where: str) -> None:
+        """Raises `UserError` for a value out of bounds; `where` is what this source is called, with a dot."""
+        check_bounds(self, where, ("weight",), above=0)
+        check_bounds(self, where, ("changed_levels", "least_side"), least=0)
+        check_bounds(self, where, ("most_cut",), least=0, most=1)
 
     @property
     def form(self) -> str:
@@ -133,8 +144,7 @@ class DataConfig:
             raise UserError("config.data.sources is empty; it needs at least one source to train on")
         for i, source in enumerate((*self.sources, *self.validation)):
             name = f"sources[{i}]" if i < len(self.sources) else f"validation[{i - len(self.sources)}]"
-            check_bounds(source, f"config.data.{name}.", ("weight",), above=0)
-            check_bounds(source, f"config.data.{name}.", ("changed_levels",), least=0)
+            source.check(f"config.data.{name}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,6 +348,7 @@ class PrecomputeConfig:
     def __post_init__(self):
         check_bounds(self, "config.", ("batch_size", "shard_size", "threads"), least=1)
         check_bounds(self, "config.", ("max_bad_fraction",), least=0, most=1)
+        self.source.check("config.source.")
 
 
 ConfigT = TypeVar("ConfigT", TrainConfig, PrecomputeConfig)

@@ -20,6 +20,7 @@ from dreamlite_jax.config import (
 )
 from dreamlite_jax.data import latents as latent_data
 from dreamlite_jax.data.buckets import Size, bucket_sizes, check_sizes
+from dreamlite_jax.data.encoders import check_encoders
 from dreamlite_jax.data.forms import Images, Latents, Pairs
 from dreamlite_jax.data.mixture import HostShare, check_hosts, first_items, raw_batches, source_sizes, text_fields
 from dreamlite_jax.data.reading import log_path
@@ -76,6 +77,7 @@ class LatentFeed:
                     "precomputed reads the folders that precompute wrote"
                 )
         infos = [latent_data.read_info(source.path) for source in everything]
+        check_encoders(everything, infos, config.model)
         vae_file = vae_path(config.vae)
         self.codec = Codec(*load_vae(vae_file))
         own = sha256_of([vae_file])

@@ -187,3 +187,39 @@ def test_a_shard_appears_whole_or_not_at_all(tmp_path):
     (tmp_path / "latents-00000-of-00001.123.tmp").touch()  # of a process that was killed
     latents.write_shard(path, iter(tiny.examples("edit", 2)))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("field", "value"), [("target", np.nan), ("source", np.inf), ("states", -np.inf)])
+def test_numbers_that_are_none_in_an_older_folder_are_named_where_they_are_read(tmp_path, monkeypatch, field, value):
+    """Which kept them without a word; some processes read ahead in threads."""
+    items = tiny.examples("edit", 6)
+    array = np.array(getattr(items[3], field))
+    array.reshape(-1)[5] = value
+    items[3] = dataclasses.replace(items[3], **{field: array})
+    tiny.write_latents(tmp_path / "set", "edit", 6, shards=1)
+    monkeypatch.setattr(latents, "check_range", lambda *args: None)
+    latents.write_shard(latents.shard_path(tmp_path / "set", 0, 1), iter(items))
+    monkeypatch.undo()
+    source = SourceConfig(str(tmp_path / "set"))
+    iterator = iter(latents.mixture([source], batch_size=2, text_length=8, seed=0, threads=1))
+    with pytest.raises(UserError, match=rf"set record 3 \(edit_3\): .*{field}.* hold \d NaN and \d infinite"):
+        take(iterator, 3)
+    with pytest.raises(UserError, match="set record 3"):
+        latents.first_examples(source, 6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 65_520.0, -1e9])
+def test_no_record_takes_what_half_precision_has_not(value):
+    (example,) = tiny.examples("generate", 1)
+    fine = dataclasses.replace(example, target=np.full((4, 4, 4), 65_504.0))
+    assert (latents.unpack(latents.pack(fine)).target == 65_504).all()
+    with pytest.raises(UserError, match="record generate_0: latents of the target hold"):
+        latents.pack(dataclasses.replace(example, target=np.full((4, 4, 4), value)))
+
+
+def test_the_digest_of_a_folder_is_that_of_what_it_holds(tmp_path):
+    """Of older folders too, which do not say what they were made of."""
+    one = latents.folder_digest(tiny.write_latents(tmp_path / "one", "edit", 4))
+    assert one == latents.folder_digest(tiny.write_latents(tmp_path / "same", "edit", 4))
+    assert one != latents.folder_digest(tiny.write_latents(tmp_path / "more", "edit", 5))
+    assert one != latents.folder_digest(tiny.write_latents(tmp_path / "other", "generate", 4))

@@ -11,9 +11,12 @@ import raw_sets
 import tiny
 from PIL import Image
 
+from dreamlite_jax.data import transforms
 from dreamlite_jax.data.forms import Images, Pairs
+from dreamlite_jax.data.index import source_digest
 from dreamlite_jax.data.mixture import raw_batches
 from dreamlite_jax.data.reading import substitutes
+from dreamlite_jax.data.sources import open_source
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training.config import BucketConfig, DataConfig, SourceConfig
 
@@ -106,18 +109,111 @@ def test_pictures_are_cut_to_the_shape_of_their_batch(root):
         assert batch["image"].dtype == np.float32
 
 
-def test_sizes_are_read_once_and_again_when_the_files_change(tmp_path, capsys):
-    raw_sets.write_folder(tmp_path / "set", 12, SIZES)
-    batches([tmp_path / "set"], buckets=SHAPES)
-    (index,) = (tmp_path / "set" / ".dreamlite_index").iterdir()
+def looks(folder, monkeypatch):
+    """Buckets that a folder's pictures are trained in, by record, and how many headers were read to know them."""
+    read, size = [], transforms.picture_size
+    monkeypatch.setattr(transforms, "picture_size", lambda encoded: read.append(1) or size(encoded))
+    found = batches([folder], buckets=SHAPES)
+    monkeypatch.setattr(transforms, "picture_size", size)
+    return [found.reader.sizes[bucket] for bucket in found.reader.bucket_of[0]], len(read)
+
+
+def replace(path, content):
+    """The same name, size and time of change, other bytes."""
+    stat = path.stat()
+    path.write_bytes(content.ljust(stat.st_size, b"\0"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+
+
+def test_only_pictures_that_changed_are_looked_at_again(tmp_path, monkeypatch, capsys):
+    folder = raw_sets.write_folder(tmp_path / "set", 12, SIZES)
+    expected = [{(16, 16): (32, 32)}.get(SIZES[i % 3], SIZES[i % 3]) for i in range(12)]
+    for count in (12, 0):
+        assert looks(folder, monkeypatch) == (expected, count)
+    (index,) = (folder / ".dreamlite_index").iterdir()
     stamp = index.stat().st_mtime_ns
-    assert np.load(index).tolist() == [list(SIZES[i % 3]) for i in range(12)]
-    batches([tmp_path / "set"], buckets=SHAPES)
-    assert index.stat().st_mtime_ns == stamp
-    shutil.rmtree(tmp_path / "set")
-    raw_sets.write_folder(tmp_path / "set", 13, SIZES)
-    batches([tmp_path / "set"], buckets=SHAPES)
-    assert {len(np.load(path)) for path in index.parent.iterdir()} == {13}
+
+    rows = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(reversed(rows)))  # another order, nothing else
+    assert looks(folder, monkeypatch) == (expected[::-1], 0) and index.stat().st_mtime_ns == stamp
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+    (folder / "00000.png").write_bytes(raw_sets.plain(0, (48, 16)))
+    expected[0] = (48, 16)
+    assert looks(folder, monkeypatch) == (expected, 1)
+    large = raw_sets.encoded(Image.new("RGB", (48, 16)), compress_level=0)
+    (folder / "00001.png").write_bytes(large)
+    looks(folder, monkeypatch)
+    replace(folder / "00001.png", raw_sets.plain(1, (16, 48)))
+    expected[1] = (16, 48)
+    assert looks(folder, monkeypatch) == (expected, 1)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (folder / "00002.png").write_bytes(raw_sets.encoded(Image.new("RGB", (16, 48)), exif=turned))
+    expected[2] = (48, 16)
+    assert looks(folder, monkeypatch) == (expected, 1)
+
+
+def test_a_picture_that_was_missing_or_damaged_is_looked_at_when_it_is_there(tmp_path, monkeypatch, capsys):
+    """A stand-in's shape is no picture's own."""
+    folder = raw_sets.write_folder(tmp_path / "set", 8, [(16, 16)])
+    whole = raw_sets.plain(3, (20, 60))
+    (folder / "00003.png").unlink()
+    (folder / "00005.png").write_bytes(b"torn")
+    assert set(looks(folder, monkeypatch)[0]) == {(32, 32)}
+    (folder / "00003.png").write_bytes(whole)
+    (folder / "00005.png").write_bytes(whole)
+    sizes, count = looks(folder, monkeypatch)
+    assert sizes[3] == sizes[5] == (16, 48) and count == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK no archive", None, "other"])
+def test_a_damaged_index_is_made_again(tmp_path, monkeypatch, capsys, damage):
+    folder = raw_sets.write_folder(tmp_path / "set", 6, SIZES)
+    expected, _ = looks(folder, monkeypatch)
+    (index,) = (folder / ".dreamlite_index").iterdir()
+    if damage == "other":
+        np.savez(index, keys=np.zeros((2, 16)), sizes=np.zeros((2, 2)))
+    else:
+        index.write_bytes(index.read_bytes()[:-40] if damage is None else damage)
+    assert looks(folder, monkeypatch) == (expected, 6)
+    assert f"{index} is damaged" in capsys.readouterr().err
+    assert looks(folder, monkeypatch) == (expected, 0)
+
+
+def test_shards_that_changed_are_looked_at_again(tmp_path, monkeypatch):
+    def write(shapes):
+        rows = [{"image": raw_sets.plain(i, shape), "caption": f"number {i}"} for i, shape in enumerate(shapes)]
+        raw_sets.write_shards(tmp_path / "set", rows, shards=2)
+        source = SourceConfig(str(tmp_path / "set"), kind="array_record")
+        found = raw_batches(DataConfig((source,), 2, buckets=SHAPES), Images, seed=0)
+        return [found.reader.sizes[bucket] for bucket in found.reader.bucket_of[0]]
+
+    assert write([(48, 16), (16, 48)]) == [(48, 16), (16, 48)]
+    assert write([(16, 48), (48, 16)]) == [(16, 48), (48, 16)]  # shards of the same names and lengths
+
+
+def test_what_becomes_of_pictures_is_said_and_a_source_may_set_limits(tmp_path, capsys):
+    folder = raw_sets.write_folder(tmp_path / "set", 8, [(64, 64)])
+    (folder / "00002.png").write_bytes(raw_sets.plain(2, (8, 9)))
+    (folder / "00006.png").write_bytes(raw_sets.plain(6, (1200, 60)))
+    batches([folder], buckets=SHAPES)
+    said = capsys.readouterr().err
+    assert "set: 8 records: 48x16 1, 32x32 7" in said
+    assert "cut off on average, at most 85.0% (metadata.jsonl line 7)" in said
+    assert "1 enlarged, at most 4.0 times (metadata.jsonl line 3)" in said
+    assert "warning: 1 lose more than half, 1 are enlarged more than twice" in said
+    for buckets in (SHAPES, SQUARE):
+        source = SourceConfig(str(folder), kind="folder", least_side=20, most_cut=0.8)
+        data = DataConfig((source,), 4, buckets=buckets, max_bad_fraction=0.5)
+        log = tmp_path / f"{buckets.size}.jsonl"
+        found = take(iter(raw_batches(data, Images, seed=0, log=log)), 4)
+        assert {i for batch in found for i in ids(batch)} == {0, 1, 3, 4, 5, 7}
+        assert "2 beyond least_side 20 or most_cut 0.8" in capsys.readouterr().err
+        reasons = {row["record"]: row["reason"] for row in map(json.loads, log.read_text().splitlines())}
+        assert "8x9 pixels, a side below the source's least_side 20" in reasons["metadata.jsonl line 3"]
+        assert "would be cut off" in reasons["metadata.jsonl line 7"] and len(reasons) == 2
 
 
 def test_bad_records_are_replaced_counted_and_named(tmp_path):
@@ -250,6 +346,7 @@ def test_a_prompt_that_the_encoder_refuses_makes_its_record_a_bad_one(tmp_path):
             assert batch["mask"][row].tolist() == [1] * 4 + [0] * 4
     (row,) = [json.loads(line) for line in log.read_text().splitlines()]
     assert row["record"] == "metadata.jsonl line 12" and "32 tokens and the limit is 8" in row["reason"]
+    assert "config.data.text_length and config.model.text.max_length set the limit" in row["reason"]
 
 
 def test_a_size_is_needed_where_pictures_have_many(root):
@@ -264,3 +361,27 @@ def test_substitutes_go_through_all_of_a_bucket():
     table = np.asarray([0, 1] * 6)
     assert next(substitutes(5, 1, 12, table)) == 5 and set(substitutes(5, 1, 12, table)) == {1, 3, 5, 7, 9, 11}
     assert list(substitutes(0, 0, 1, None)) == [0]
+
+
+def test_the_digest_of_a_source_is_that_of_its_words_and_files(tmp_path):
+    """A copy has the same; another word, another picture or another order has another."""
+
+    def digest(folder):
+        return source_digest(open_source(SourceConfig(str(folder), kind="folder")))
+
+    folder = raw_sets.write_folder(tmp_path / "set", 6)
+    first = digest(folder)
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert digest(tmp_path / "copy") == first
+    (folder / "00001.png").touch()
+    assert digest(folder) == first
+    seen = {first}
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for changed in (rows[::-1], rows[1:], [*rows[:-1], rows[-1] | {"caption": "x"}]):
+        raw_sets.write_rows(folder, changed)
+        seen.add(digest(folder))
+    raw_sets.write_rows(folder, rows)
+    (folder / "00001.png").write_bytes(raw_sets.plain(1, (40, 16)))
+    seen.add(digest(folder))
+    (folder / "00002.png").unlink()
+    assert len({*seen, digest(folder)}) == 6

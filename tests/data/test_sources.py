@@ -105,11 +105,16 @@ def test_sprites_come_through_the_same_door(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        (['{"image": "a", "caption": "b"}', "{oops"], r"metadata.jsonl line 2 is not JSON"),
-        (["", '["a"]'], r"line 2 is a list; it must be an object"),
+        (["{oops", '{"image'], r"metadata.jsonl line 1: is not JSON"),
+        (["", '["a"]'], r"line 2: is a list; it must be an object"),
         (['{"image": "a"}'], r"line 1: no field 'caption'; a record has image and caption, or source, instruction"),
         (['{"source": "a", "target": "b", "caption": "c"}'], r"line 1: no field 'instruction'"),
-        (['{"photo": "a", "text": "b"}'], r"line 1: no field 'image', 'caption'"),
+        (
+            ['{"photo": "a", "words": "b"}'],
+            r"no field 'image', 'caption'; .* its fields are 'photo', 'words'; .*fields.cap",
+        ),
+        (['{"photo": "a"}', '{"words": "b"}'], r"line 1: no field 'image', 'caption'; .* fields are 'photo', 'words'"),
+        (['{"file_name": "a", "texts": "b"}'], r"line 1: no field 'caption'; a record has file_name and caption"),
         ([""], "has no records"),
     ],
 )
@@ -130,7 +135,10 @@ def test_a_wrong_line_of_a_jsonl_is_named(tmp_path, lines, says):
         ({"name": "fotos"}, "no prepared data set 'fotos'; known are: photos/1.2.0"),
         ({"name": "photos:9.9.9"}, "no prepared data set 'photos:9.9.9'"),
         ({"split": "test"}, "has no split 'test'; its splits are train"),
-        ({"fields": FieldsConfig()}, r"no field 'image', 'caption'; .* its fields are (captions, )?photo"),
+        (
+            {"fields": FieldsConfig()},
+            r"no field 'image', 'caption'; .* its fields are 'captions', 'photo'; .*source.fields.caption",
+        ),
         ({"fields": FieldsConfig(image="photo", caption="captions.texts")}, "no field 'captions.texts'"),
     ],
 )
@@ -174,6 +182,77 @@ def test_bad_records_are_bad_alone(tmp_path):
     with pytest.raises(BadRecord, match="picture is 3; it must be the path"):
         folder[1]
     assert folder.name(1) == "metadata.jsonl line 2"
+
+
+BROKEN = [
+    (r'{"image": "a.png", "caption": "a car \ud83d here"}', r"half of a surrogate pair at character 7: 'a car "),
+    (r'{"image": "a.png", "caption": "\udc00\ud800"}', r"half of a surrogate pair at character 1"),
+    (r'{"image": "a.png", "caption": "red\u0000car"}', r"NUL at character 4"),
+    (r'{"image": "a.png", "caption": null}', r"field 'caption' is null"),
+    (r'{"image": "a.png", "caption": []}', r"field 'caption' is null or empty"),
+    (r'{"image": "a.png", "caption": ""}', r"text is empty"),
+    (r'{"image": "a.png", "caption": {"en": "x"}}', r"text is .*, a dict; it must be words"),
+    (r'{"image": "a.png"}', r"no field 'caption'"),
+    (r'{"image": "a\u0000.png", "caption": "x"}', r"picture a.*null"),
+    (r'{"image": "\ud83d.png", "caption": "x"}', r"picture "),
+    (r'{"image": "a.png", "caption": "x", "id": "\ud83d"}', r"id has half of a surrogate pair"),
+    (r'{"image": 7, "caption": "x"}', r"picture is 7; it must be the path"),
+    (r'{"image": ".", "caption": "x"}', r"picture \.: Is a directory"),
+    (r'{"image": "a.png", "caption"', r"is not JSON"),
+    (r"[1, 2]", r"is a list"),
+    ("[" * 100_000, r"is not JSON"),
+    (b'{"image": "a.png", "caption": "\xff\xfe"}', r"is not JSON"),
+    (r'{"source": "a.png", "instruction": "redder", "target": null}', r"field 'target' is null"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), BROKEN, ids=range(len(BROKEN)))
+def test_one_broken_line_is_one_bad_record(tmp_path, line, says):
+    (tmp_path / "a.png").write_bytes(PICTURES[0])
+    good = b'{"image": "a.png", "caption": "a fine \xf0\x9f\x9a\x97 car"}'
+    line = line if isinstance(line, bytes) else line.encode()
+    (tmp_path / "metadata.jsonl").write_bytes(b"\n".join([good, line, good]))
+    source = sources.open_source(SourceConfig(str(tmp_path), kind="folder"))
+    assert len(source) == 3 and source[0] == source[2]
+    with pytest.raises(BadRecord, match=says):
+        source[1]
+
+
+def test_a_line_whose_caption_is_null_does_not_hide_the_key_from_all(tmp_path):
+    """Every caption is null: the schema is right, each record is bad."""
+    raw_sets.write_rows(tmp_path, [{"image": "a.png", "caption": None}] * 2)
+    source = sources.open_source(SourceConfig(str(tmp_path), kind="folder"))
+    with pytest.raises(BadRecord, match="field 'caption' is null"):
+        source[0]
+
+
+def test_names_of_the_datasets_library_are_found(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"A")
+    raw_sets.write_rows(tmp_path, [{"file_name": "a.png", "text": "a cat"}, {"file_name": "a.png"}])
+    source = sources.open_source(SourceConfig(str(tmp_path), kind="folder"))
+    assert source[0] == Record("a.png", "generate", "a cat", b"A")
+    raw_sets.write_rows(tmp_path, [{"file_name": "a.png", "text": "a cat", "caption": "a dog"}])
+    assert read_all(SourceConfig(str(tmp_path), kind="folder"))[0].text == "a dog"  # the name that was asked for
+    rows = [{"image": b"A", "text": "a cat"}]
+    raw_sets.write_shards(tmp_path / "shards", rows, shards=1)
+    assert read_all(SourceConfig(str(tmp_path / "shards"), kind="array_record"))[0].text == "a cat"
+    raw_sets.write_shards(tmp_path / "other", [{"img": b"A", "words": "a cat"}], shards=1)
+    with pytest.raises(
+        UserError, match=r"no field 'image', 'caption'; .* its fields are 'img', 'words'; .*fields.capt"
+    ):
+        sources.open_source(SourceConfig(str(tmp_path / "other"), kind="array_record"))
+
+
+def test_stamps_tell_which_pictures_a_record_has(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(PICTURES[0])
+    rows = [{"image": "a.png", "caption": "x"}, {"source": "a.png", "instruction": "x", "target": "b.png"}]
+    raw_sets.write_rows(tmp_path, [*rows, {"image": "gone.png", "caption": "x"}])
+    source = sources.open_source(SourceConfig(str(tmp_path), kind="folder"))
+    assert [[stamp.name for stamp in source.stamps(i)] for i in (0, 1)] == [["a.png"], ["b.png", "a.png"]]
+    assert source.stamps(0)[0].size == len(PICTURES[0])
+    with pytest.raises(BadRecord, match=r"gone.png'?: No such file"):
+        source.stamps(2)
 
 
 def test_missing_and_truncated_shards_are_left_out_by_name(tmp_path, photos):

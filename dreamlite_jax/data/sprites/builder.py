@@ -291,10 +291,19 @@ def open_split(data_dir: str | os.PathLike, task: str, size: int, split: str) ->
 
     Raises UserError where the dataset has not been prepared or has no such split.
     """
+    return _prepared(data_dir, task, size, split).as_data_source(split)
+
+
+def split_files(data_dir: str | os.PathLike, task: str, size: int, split: str) -> list[Path]:
+    """The shards of a prepared split; errors as of `open_split`."""
+    return [Path(path) for path in _prepared(data_dir, task, size, split).info.splits[split].filepaths]
+
+
+def _prepared(data_dir: str | os.PathLike, task: str, size: int, split: str) -> Any:
     _check(task, size, None, 0)
     if split not in SPLITS:
         raise UserError(f"split is {split!r}; one of {', '.join(SPLITS)} would be right")
     directory = _directory(data_dir, task, size)
     if not _finished(directory):
         raise UserError(f"data_dir has no finished dataset at {directory}; `prepare` writes it")
-    return tfds.builder_from_directory(directory).as_data_source(split)
+    return tfds.builder_from_directory(directory)
