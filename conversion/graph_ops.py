@@ -292,7 +292,10 @@ def attend(q: Array, k: Array, v: Array, bias: Array | None, chunk: int = 0) -> 
         return _attend_rows(q, k, v, bias)
     starts = range(0, rows, chunk)
     parts = [jax.lax.slice_in_dim(q, start, min(start + chunk, rows), axis=axis) for start in starts]
-    return jnp.concatenate([_attend_rows(part, k, v, bias) for part in parts], axis)
+    # Without the barriers litert-converter joins the probabilities and multiplies them with the values at once, so that
+    # all of them are in memory after all.
+    mixed = [jax.lax.optimization_barrier(_attend_rows(part, k, v, bias)) for part in parts]
+    return jnp.concatenate(mixed, axis)
 
 
 def _attend_rows(q: Array, k: Array, v: Array, bias: Array | None) -> Array:

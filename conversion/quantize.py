@@ -41,8 +41,7 @@ MATMULS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL")
 # the output that it makes.
 KEPT = r"conv_in|conv_out|conv_shortcut|time_embedding|add_embedding|serving_default_\w+_output"
 TEXT_PROJECTION = "encoder_hid_proj"  # the U-Net's first layer on text states
-# What may stand between the products of attention and their softmax. The converter joins chunks of probabilities before
-# it multiplies them with the values.
+# What may stand between the products of attention and their softmax.
 MOVES = ("RESHAPE", "TRANSPOSE", "SLICE", "CONCATENATION", "ADD")
 CLIPS = (1.0, 0.9, 0.8, 0.65)  # of the observed range of activations
 CALIBRATION_PROMPTS = (

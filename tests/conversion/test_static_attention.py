@@ -78,6 +78,20 @@ def test_the_product_is_found_by_what_it_reads(tmp_path, ends, chunk):
     assert kinds.count({"FLOAT32"}) == len(ops) - softmaxes >= 1
 
 
+@pytest.mark.parametrize("ends", ["dense", "product"])
+@pytest.mark.parametrize("chunk", [1, 5, 8])
+def test_chunks_of_attention_are_never_joined(tmp_path, ends, chunk):
+    """Scores and probabilities of all rows are not in memory together, as --attention_chunk promises."""
+    widest = {}
+    for rows in (0, chunk):
+        path = attention(tmp_path / f"{rows}.tflite", 64, ends, rows)
+        shapes = [tensor.shape for op in audit.operations(path) for tensor in op.outputs]
+        widest[rows] = max(
+            shape[1] for shape in shapes if shape[-1] == 64 and shape[1] != WIDTH
+        )  # but for the keys, turned round
+    assert widest == {0: ROWS, chunk: chunk}
+
+
 def test_every_softmax_of_the_unet_has_its_product(litert_model):
     ops = list(audit.operations(litert_model / "unet.tflite"))
     kept = [op for op in quantize.kept_operations(litert_model / "unet.tflite") if op.kind == "BATCH_MATMUL"]
