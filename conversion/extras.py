@@ -23,7 +23,10 @@ def check(command: str, modules: Sequence[str], extra: str = "convert") -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            lacking[module.split(".")[0].replace("_", "-")] = str(error)
+            cause = (error.name or module).split(".")[0].replace("_", "-")
+            package = module.split(".")[0].replace("_", "-")
+            if cause not in lacking:  # else said already, of the package that this one stands on
+                lacking[package] = str(error)
     if lacking:
         raise UserError(
             f"{command} needs {', '.join(lacking)}: {'; '.join(lacking.values())}. Of a checkout, install them with: "
