@@ -102,8 +102,9 @@ def test_a_run_trains_from_pictures_names_the_bad_ones(root, tmp_path):
 def test_sources_that_do_not_suit_are_refused(root):
     with pytest.raises(UserError, match=r"is of kind folder; config.data.encode=on_device reads raw pictures"):
         run(root, encode="precomputed")
+    latents_as_raw = run(root, sources=[{"path": str(root / "raw")}])
     with pytest.raises(UserError, match="has kind latents; raw pictures come from"):
-        run(root, sources=[{"path": str(root / "raw")}])
+        latents_as_raw.feed.dataset(latents_as_raw.stage.fields)
     with pytest.raises(UserError, match=r"config.data.encode is 'on_device'; stage refl needs 'precomputed'"):
         from_dict(TrainConfig, mapping(root) | {"stage": "refl"}, "config")
 
