@@ -27,6 +27,7 @@ OWN = {  # what a run leaves in its workdir
     "grids",
     "profile",
     "model",
+    "superseded",
 }
 PARTIAL_EXPORT = ".model."  # what `model_folder.new_folder` calls "model" while it is being written
 PROBE = ".preflight."  # how the folder begins in which launch/preflight.py tries whether it can write

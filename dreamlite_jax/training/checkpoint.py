@@ -22,12 +22,13 @@ import orbax.checkpoint as ocp
 
 from dreamlite_jax.config import with_text_state
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.model_folder import MANIFEST, load_provenance, vae_manifest, weight_file
 from dreamlite_jax.training import distributed
 from dreamlite_jax.training.errors import SaveError, short
 from dreamlite_jax.training.fingerprint import fingerprint
 from dreamlite_jax.training.state import TrainState, from_saved, saved
 
-FOLDER, DAMAGED = "checkpoints", "damaged"  # in a workdir
+FOLDER, DAMAGED, EXPORT = "checkpoints", "damaged", "model"  # in a workdir
 ARCHITECTURE = ("unet", "vae", "text")  # of `config.model`; the rest are settings, which may change between starts
 PASSING = (  # how messages of storage and devices begin that say nothing of what is in the files
     "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED",
@@ -207,15 +208,15 @@ def is_damage(error: Exception) -> bool:
     )
 
 
-def check_resume(workdir: Path, config: dict[str, Any], *, finished: bool = False) -> None:
-    """Looks whether this config can go on from a workdir's checkpoints, or made them; touches no device, and no file.
+def check_resume(workdir: Path, config: dict[str, Any]) -> int | None:
+    """Looks whether this config can go on from what is in a workdir; touches no device, and no file.
 
-    Args:
-      finished: the run is complete, and so must be what the config asks for.
+    Returns:
+      After how many steps the model in the workdir was exported; None where there is none.
 
     Raises:
-      UserError: the checkpoints are of another architecture or stage, or of more steps than the config's; of a finished
-        run also: of fewer.
+      UserError: the checkpoints are of another architecture or stage, or the run has trained more steps than the
+        config's; or it is complete after fewer, and there is no checkpoint to go on from.
     """
     for step in reversed(steps_in(workdir)):
         try:
@@ -223,10 +224,48 @@ def check_resume(workdir: Path, config: dict[str, Any], *, finished: bool = Fals
                 stored = _meta(manager, step)["config"]
         except Exception:  # whatever is wrong with it, `restore` says so
             continue
-        return _compare(workdir, step, stored, config, finished)
+        _compare(workdir, step, stored, config)
+        break
+    exported = exported_steps(workdir)
+    if exported is None or exported == config["steps"]:
+        return exported
+    there = f"config.steps is {config['steps']}, but the run in {workdir} is complete after {exported}"
+    if exported > config["steps"]:
+        raise UserError(f"{there}; use another --workdir")
+    if not steps_in(workdir):
+        raise UserError(
+            f"{there}, and no checkpoint is left to go on from; use another --workdir (config.init_from can name this "
+            "one)"
+        )
+    return exported
 
 
-def _compare(workdir: Path, step: int, stored: dict[str, Any], config: dict[str, Any], finished: bool) -> None:
+def exported_steps(workdir: Path) -> int | None:
+    """After how many steps a workdir's model was exported, by its own record, else by the newest checkpoint.
+
+    Raises:
+      UserError: there is a model of which neither says it.
+    """
+    export = workdir / EXPORT
+    if not export.exists():
+        return None
+    if (export / MANIFEST).is_file():
+        steps = load_provenance(export).get("steps")
+    elif (file := export / weight_file("vae")).is_file():
+        steps = vae_manifest(file)["provenance"].get("steps")
+    else:
+        steps = None
+    if steps is None:
+        steps = max(steps_in(workdir), default=None)
+    if steps is None:
+        raise UserError(
+            f"{export} does not say after how many steps it was exported, and {workdir} has no checkpoint that would; "
+            "use another --workdir"
+        )
+    return steps
+
+
+def _compare(workdir: Path, step: int, stored: dict[str, Any], config: dict[str, Any]) -> None:
     model = with_text_state(stored["model"])
     for part in ARCHITECTURE:
         if difference := _first_difference(model[part], config["model"][part], f"model.{part}"):
@@ -242,11 +281,6 @@ def _compare(workdir: Path, step: int, stored: dict[str, Any], config: dict[str,
     if step > config["steps"]:
         raise UserError(
             f"config.steps is {config['steps']}, but {workdir} has trained {step} steps; use another --workdir"
-        )
-    if finished and stored["steps"] != config["steps"]:
-        raise UserError(
-            f"config.steps is {config['steps']}, but the run in {workdir} is complete after {stored['steps']}; use "
-            "another --workdir (config.init_from can name this one)"
         )
 
 

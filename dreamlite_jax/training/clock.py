@@ -37,8 +37,20 @@ class Clock:
         self.train += seconds
         self._recent.append((seconds, steps, work))
 
-    def paused(self) -> None:
+    def started(self) -> None:
+        """Ends what comes before the first step, which counts as a pause."""
         self.pause += self.lap()
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Time inside counts as a pause, but for what compiles there; none of it counts as what goes on around it."""
+        begun, compiled = time.monotonic(), self.compile
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - begun - (self.compile - compiled)
+            self.pause += seconds
+            self._started += seconds
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training import distributed, sharding
-from dreamlite_jax.training.checkpoint import Checkpoints, check_resume
+from dreamlite_jax.training.checkpoint import EXPORT, Checkpoints, check_resume
 from dreamlite_jax.training.clock import Clock, duration
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.errors import Preempted
@@ -24,11 +25,14 @@ from dreamlite_jax.training.metrics import Metrics
 from dreamlite_jax.training.stage import Stage, check_metrics
 from dreamlite_jax.training.steps import Profile, Steps
 
+SUPERSEDED = "superseded"  # folder of a workdir: models exported after fewer steps than the run has now
 RUN_AHEAD = 3  # steps given to the device beyond the one that it has finished: their batches wait in its memory
 
 
 def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workdir: Path) -> Path:
     """Trains to `config.steps` and exports; run again it goes on from the last checkpoint, or says that it is done.
+
+    A model that was exported after fewer steps moves to the workdir's `superseded`.
 
     Returns:
       The exported artefact, `workdir/model`.
@@ -40,11 +44,11 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
       SaveError: a checkpoint could not be written; those before it stay.
       Preempted: SIGTERM or a maintenance notice; the state is saved.
     """
-    export = workdir / "model"
+    export = workdir / EXPORT
     config_record = to_dict(config)
-    check_resume(workdir, config_record, finished=export.exists())
-    if export.exists():
-        say(f"{export} exists: this run is complete")
+    exported = check_resume(workdir, config_record)
+    if exported == config.steps:
+        say(f"{export} exists: this run is complete after {exported} steps")
         return export
     clock = Clock()
 
@@ -72,10 +76,12 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
             state = sharding.place(stage.init_state(), placement)
         frozen = restored = None  # the state is donated; nothing else may hold it
         metrics = Metrics(workdir, start, write=distributed.primary(), limits=stage.limits)
+        if exported is not None:
+            supersede(export, exported, config.steps)
 
         # 3. The step is compiled when a batch of a new shape comes; the first is taken now, so that its time is known.
         steps = Steps(stage, placement, mesh, clock)
-        clock.paused()
+        clock.started()
         batch = steps.place(next(iterator)) if start < config.steps else None
         if batch is not None:
             steps.compiled(state, batch)
@@ -99,7 +105,8 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
             if len(running) > RUN_AHEAD:
                 jax.block_until_ready(running.popleft())
             logging = last or stopping or step % config.log_every == 0
-            if logging or saving:
+            drawing = last or step % config.grid_every == 0
+            if logging or saving or drawing:  # so that no pause holds the time of steps that are still under way
                 try:
                     means = metrics.flush()
                 except ArithmeticError:  # what was good when it was saved may still be on its way to the disk
@@ -113,18 +120,16 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
                     if distributed.primary():
                         clock.progress(step, config.steps, config.data.batch_size, means)
             if saving:
-                checkpoints.save(step, state, position, {"config": config_record, "clock": clock.state()})
-                if logging:
-                    clock.paused()
+                with clock.pausing():
+                    checkpoints.save(step, state, position, {"config": config_record, "clock": clock.state()})
             if stopping and not last:
                 checkpoints.wait()
                 checkpoints.close()
                 metrics.close()
                 raise Preempted(step)
-            if last or step % config.grid_every == 0:
-                save_grid(gallery, state, workdir, step, metrics)
-                if logging:
-                    clock.paused()
+            if drawing:
+                with clock.pausing():
+                    save_grid(gallery, state, workdir, step, metrics)
 
         # 5. Export the averaged parameters.
         checkpoints.wait()
@@ -147,6 +152,17 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
         f"paused {duration(seconds['pause'])}; model in {export}"
     )
     return export
+
+
+def supersede(export: Path, exported: int, steps: int) -> None:
+    """Moves a finished export of fewer steps out of the way; nothing of it is lost."""
+    aside = export.parent / SUPERSEDED / f"{export.name}_{exported:06d}"
+    say(f"{export} is of {exported} steps and config.steps is {steps}: it moves to {aside}, and the run goes on")
+    distributed.wait_for_all(f"superseded {exported}")  # every process has read what it is
+    if distributed.primary():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        os.replace(export, aside)
 
 
 def check_batch(config: TrainConfig, devices: int) -> None:

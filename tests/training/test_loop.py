@@ -14,7 +14,7 @@ from runs import KillAtStep, die, finish, kill_while_saving_step_8, rows, saved_
 from dreamlite_jax import model_folder, train
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training import checkpoint, loop, sharding, state
+from dreamlite_jax.training import checkpoint, clock, loop, sharding, state
 from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import load_config
 from dreamlite_jax.training.errors import NonFiniteError
@@ -84,10 +84,9 @@ def test_killed_three_times_it_ends_with_the_same_bits(root, config, whole):
 def test_a_finished_run_does_nothing(whole, config, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     assert train.main(["--config", config, "--workdir", str(whole)]) == 0
-    assert "this run is complete" in capsys.readouterr().err
+    assert "this run is complete after 12 steps" in capsys.readouterr().err
     run = build(load_config(config))
     for override, says in (
-        ("steps=900", r"config.steps is 900, but the run in .* is complete after 12; use another --workdir"),
         ("steps=8", r"config.steps is 8, but .* has trained 12 steps"),
         ("stage=vae", "checkpoints of stage flow_matching, and config.stage is vae"),
         ("model.unet.ff_mult=2", r"another architecture: model.unet.ff_mult is 3 there and 2 here"),
@@ -95,6 +94,69 @@ def test_a_finished_run_does_nothing(whole, config, capsys):
         with pytest.raises(UserError, match=says):
             loop.train(load_config(config, [override]), *run, whole)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def cut_short(whole: Path, root: Path, name: str, steps: int) -> Path:
+    """A run of 12 steps as one of fewer leaves it: the export of that step, and its checkpoint alone."""
+    copy = shutil.copytree(whole, root / name)
+    manifest = json.loads((copy / "model" / "model.json").read_text())
+    manifest["provenance"]["steps"] = steps
+    (copy / "model" / "model.json").write_text(json.dumps(manifest))
+    shutil.rmtree(copy / "checkpoints" / "12")
+    return copy
+
+
+def test_a_run_that_a_smaller_number_of_steps_ended_goes_on(whole, root, config):
+    """The checkpoint that it goes on from was saved by a config of 12 steps: it does not say that 12 are done."""
+    workdir = cut_short(whole, root, "cut", 8)
+    before = (workdir / "model" / "unet.safetensors").read_bytes()
+    finish(start(config, workdir), workdir)
+    assert weights(workdir) == weights(whole) and rows(workdir) == rows(whole)
+    assert (workdir / "superseded" / "model_000008" / "unet.safetensors").read_bytes() == before
+    log = workdir.with_suffix(".log").read_text()
+    assert "model is of 8 steps and config.steps is 12: it moves to" in log and "resumed from step 8" in log
+    assert train.main(["--config", config, "--workdir", str(workdir)]) == 0  # and now it is complete
+
+
+def test_an_export_is_complete_only_for_the_steps_it_says(whole, root, config, capsys):
+    arguments = ["--config", config, "--workdir"]
+    alone = cut_short(whole, root, "alone", 8)
+    shutil.rmtree(alone / "checkpoints")
+    with pytest.raises(
+        UserError, match=r"steps is 12, but the run in .* is complete after 8, and no checkpoint is left"
+    ):
+        train.main([*arguments, str(alone)])
+    with pytest.raises(UserError, match=r"steps is 7, but the run in .* is complete after 8; use another"):
+        train.main([*arguments, str(alone), "--config.steps=7"])
+    assert (
+        train.main([*arguments, str(alone), "--config.steps=8"]) == 0 and "complete after 8" in capsys.readouterr().err
+    )
+    foreign = root / "foreign"
+    (foreign / "model").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"does not say after how many steps it was exported"):
+        train.main([*arguments, str(foreign)])
+
+
+@pytest.mark.parametrize("every", [{"log_every": 4, "checkpoint_every": 3}, {"log_every": 5, "grid_every": 2}])
+def test_saves_and_grids_beside_log_steps_are_pauses(every, config, tmp_path, monkeypatch):
+    """Half a second each, on a clock that only they move."""
+    now, paused = [0.0], []
+
+    def slow(function):
+        def slowed(*args, **kwargs):
+            now[0] += 0.5
+            paused.append(1)
+            return function(*args, **kwargs)
+
+        return slowed
+
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop, "save_grid", slow(loop.save_grid))
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", slow(checkpoint.Checkpoints.save))
+    settings = load_config(config, [f"{name}={value}" for name, value in every.items()])
+    loop.train(settings, *build(settings), tmp_path)
+    seconds = model_folder.load_provenance(tmp_path / "model")["clock"]
+    assert seconds["train"] == 0 and seconds["pause"] == 0.5 * len(paused) and len(paused) > 5
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(whole, root, config):

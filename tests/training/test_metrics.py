@@ -75,9 +75,10 @@ def test_the_clock_goes_on_after_a_restart(monkeypatch):
     clock = c.Clock()
     with clock.compiling():
         now[0] += 3
-    for seconds, end in ((20, lambda: clock.trained(10)), (2, clock.paused)):
-        now[0] += seconds
-        end()
+    now[0] += 20
+    clock.trained(10)
+    with clock.pausing():
+        now[0] += 2
     assert clock.state() == {"train": 20, "compile": 3, "pause": 2} and clock.sec_per_step() == 2.0
     again = c.Clock()
     again.restore(clock.state())
@@ -96,6 +97,26 @@ def test_what_compiles_while_steps_run_is_no_training(monkeypatch):
     now[0] += 6
     clock.trained(5)
     assert clock.state() == {"train": 10, "compile": 100, "pause": 0}
+
+
+def test_a_pause_between_two_laps_is_no_training(monkeypatch):
+    """Nor is what compiles in it a pause; a save that raises still ends its pause."""
+    now = [0.0]
+    monkeypatch.setattr(c.time, "monotonic", lambda: now[0])
+    clock = c.Clock()
+    now[0] += 7
+    clock.started()
+    now[0] += 4
+    with clock.pausing():
+        now[0] += 30
+        with clock.compiling():
+            now[0] += 200
+    with pytest.raises(OSError), clock.pausing():
+        now[0] += 1000
+        raise OSError
+    now[0] += 6
+    clock.trained(5)
+    assert clock.state() == {"train": 10, "compile": 200, "pause": 7 + 30 + 1000} and clock.sec_per_step() == 2.0
 
 
 def test_utilisation_is_work_by_what_the_chips_could_do(monkeypatch, capsys):
