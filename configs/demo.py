@@ -18,13 +18,13 @@ from ml_collections import ConfigDict
 
 from dreamlite_jax.recipes import config_beside, stage_and_root
 
-# The learning rate falls from its peak to `final_fraction` of it.
+# The learning rate falls from its peak to `final_fraction` of it; that of ReFL stays.
 STAGES = {
     "t2i": {"steps": 2_000, "learning_rate": 1.5e-3, "final_fraction": 0.7, "ema_decay": 0.997},
     "edit": {"steps": 1_200, "learning_rate": 1.3e-3, "final_fraction": 0.8, "ema_decay": 0.997},
     "joint": {"steps": 5_000, "learning_rate": 1.2e-3, "final_fraction": 0.02, "ema_decay": 0.999},
     "sft": {"steps": 300, "learning_rate": 3e-4, "final_fraction": 0.1, "ema_decay": 0.99},
-    "refl": {"steps": 300, "learning_rate": 1e-4, "final_fraction": 0.1, "ema_decay": 0.99},
+    "refl": {"steps": 300, "learning_rate": 1e-4, "final_fraction": 0.0, "ema_decay": 0.99},
     "dmd2": {"steps": 250, "learning_rate": 1e-4, "final_fraction": 0.1, "ema_decay": 0.99},
 }
 PRETRAINING = ("t2i", "edit", "joint")

@@ -35,8 +35,7 @@ def get_config(argument: str = "sft") -> ConfigDict:
         {
             "learning_rate": recipe["learning_rate"],
             "warmup_steps": 20,
-            "decay": "constant" if stage == "refl" else "cosine",
-            "final_fraction": 0.1,
+            **({"decay": "constant", "final_fraction": 0.0} if stage == "refl" else {"final_fraction": 0.1}),
             "ema_decay": recipe["ema_decay"],
         }
     )
@@ -73,6 +72,6 @@ def dmd(guidance_scale: float) -> ConfigDict:
             "guidance_scale": guidance_scale,
             "image_guidance_scale": 2.5,
             "fake_updates": 2,
-            "fake": {"learning_rate": 3e-4, "warmup_steps": 0, "weight_decay": 0.0, "ema_decay": 0.0},
+            "fake": {"learning_rate": 3e-4, "warmup_steps": 0, "weight_decay": 0.0},
         }
     )

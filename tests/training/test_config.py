@@ -1,11 +1,12 @@
 """Config files are read strictly: what is unknown, missing or of another type is named, with what would be right."""
 
 import copy
+import dataclasses
 
 import pytest
 import tiny
 
-from dreamlite_jax.config import ModelConfig, SchedulerConfig, UNetConfig, VAEConfig, from_dict, to_dict
+from dreamlite_jax.config import ModelConfig, SchedulerConfig, UNetConfig, VAEConfig, differences, from_dict, to_dict
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training.config import PrecomputeConfig, SourceConfig, TrainConfig, load_config
 
@@ -67,24 +68,26 @@ def test_overrides_reach_every_kind_of_field(file):
         ("model.unet.block_out_channels=(18,)", "18 is not a multiple of norm_groups 4"),
         ("model.unet.in_channels=8", "in_channels is 8; .*needs 4"),
         ("model.unet.num_heads=(2, 2)", "num_heads has 2 entries; block_out_channels has 1"),
-        ("model.vae.latent_channels=5", "unet.out_channels is 4 but vae.latent_channels is 5"),
+        ("model.vae.latent_channels=5", "config.model.unet.out_channels is 4 but vae.latent_channels is 5"),
         ("steps=0", "config.steps is 0; it must be at least 1"),
         ("grid_items=0", "config.grid_items is 0"),
+        ("data.buckets.size=100", "config.data.buckets.size is 100; it must be a multiple of the buckets' multiple 32"),
+        ("model.native_size=18", "config.model.native_size is 18; .* multiples of 4, such as 16"),
         ("data.batch_size=0", "config.data.batch_size is 0"),
         ("data.sources=()", "config.data.sources is empty"),
         ("data.sources.0.weight=0", r"config.data.sources\[0\].weight is 0"),
         ("flow.text_drop=10", "config.flow.text_drop is 10.0; it must be at least 0 and at most 1"),
-        ("model.unet.norm_groups=0", "unet.norm_groups is 0; it must be at least 1"),
-        ("model.unet.num_heads=(0,)", r"unet.num_heads is \(0,\); it must be at least 1"),
-        ("model.unet.block_out_channels=()", "unet.block_out_channels is empty"),
-        ("model.vae.decoder_blocks=(0,)", "vae.encoder_blocks has 3 entries and decoder_blocks 1"),
-        ("model.scheduler.max_seq_len=256", "scheduler.max_seq_len is 256; it must be above 256"),
-        ("model.steps=0", "model.steps is 0; it must be at least 1"),
-        ("model.guidance_scale=-1", "model.guidance_scale is -1.0; it must be at least 0"),
+        ("model.unet.norm_groups=0", "config.model.unet.norm_groups is 0; it must be at least 1"),
+        ("model.unet.num_heads=(0,)", r"config.model.unet.num_heads is \(0,\); it must be at least 1"),
+        ("model.unet.block_out_channels=()", "config.model.unet.block_out_channels is empty"),
+        ("model.vae.decoder_blocks=(0,)", "config.model.vae.encoder_blocks has 3 entries and decoder_blocks 1"),
+        ("model.scheduler.max_seq_len=256", "config.model.scheduler.max_seq_len is 256; it must be above 256"),
+        ("model.steps=0", "config.model.steps is 0; it must be at least 1"),
+        ("model.guidance_scale=-1", "config.model.guidance_scale is -1.0; it must be at least 0"),
         ("seed=-1", "config.seed is -1; it must be at least 0 and at most 4294967295"),
         ("data.processes=-1", "config.data.processes is -1; it must be at least 0"),
         ("data.threads=-1", "config.data.threads is -1"),
-        ("data.buckets.max_ratio=1e400", "config.buckets.max_ratio is inf; it must be finite"),
+        ("data.buckets.max_ratio=1e400", "config.data.buckets.max_ratio is inf; it must be finite"),
         ("optim.clip_norm=0", "config.optim.clip_norm is 0.0; it must be above 0"),
         ("optim.ema_decay=7", "config.optim.ema_decay is 7.0; it must be at least 0 and below 1"),
         ("optim.learning_rate=-1", "config.optim.learning_rate is -1.0; it must be above 0"),
@@ -96,6 +99,95 @@ def test_overrides_reach_every_kind_of_field(file):
 def test_bad_overrides_are_named(file, override, says):
     with pytest.raises(UserError, match=says):
         load_config(file, [override])
+
+
+def test_a_refused_value_is_named_by_its_place_however_deep(file):
+    with pytest.raises(UserError, match=r"^config\.refl\.rewards\[1\]\.prompt_tokens is 0"):
+        rewards = [{"kind": "target"}, {"kind": "target", "prompt_tokens": 0}]
+        load_config(file, ["stage=refl", f"refl={{'rewards': {rewards}}}"])
+    with pytest.raises(UserError, match=r"^there: config\.unet\.num_heads has 2 entries"):
+        from_dict(ModelConfig, {"unet": {"num_heads": (1, 1), "down_blocks": ("plain",) * 3}}, "there: config")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["stage=dmd2", "refl.reward_weight=0.3"], "reward_weight is 0.3, but stage dmd2 .*; stage refl does"),
+        (["dmd.teacher=x"], "config.dmd.teacher is 'x', but stage flow_matching does not read it"),
+        (["dmd.fake.b1=0.5"], "config.dmd.fake.learning_rate is 0.0001, but stage flow_matching"),
+        (["stage=dmd2", "dmd.fake.ema_decay=0.5"], "config.dmd.fake.ema_decay is 0.5, but nothing reads it"),
+        (["stage=dmd2", "flow.text_drop=0.5"], "config.flow.text_drop is 0.5, .* stage flow_matching, refl do"),
+        (["autoencoder.hard_power=1"], "config.autoencoder.hard_power is 1.0, but stage flow_matching"),
+        (["stage=vae"], "config.vae is '.*vae.safetensors', but stage vae does not read it"),
+        (["stage=vae", "vae=", "dtype=bfloat16"], "config.dtype is 'bfloat16', but stage vae"),
+        (["remat_keep=matmuls"], "config.remat_keep is 'matmuls', but only remat=True reads it"),
+        (["optim.final_fraction=0.1"], "config.optim.final_fraction is 0.1, but a constant decay does not read it"),
+        (["data.processes=2"], "config.data.processes is 2, but precomputed latents are read by data.threads"),
+        (["data.sources.1.changed_levels=3"], r"sources\[1\].changed_levels is 3, but a source of kind latents"),
+        (["data.sources.0.kind=folder", "data.sources.0.split=x"], r"sources\[0\].split is 'x', but .* kind folder"),
+        (["data.sources.0.fields={'image': 'jpg'}"], r"config.data.sources\[0\].fields.image is 'jpg'"),
+        (["data.validation=[{'path': 'x', 'weight': 2}]"], r"config.data.validation\[0\].weight is 2.0, but"),
+        (["model.text.source=elsewhere"], "config.model.text.source is 'elsewhere', but the encoder minilm comes from"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_nothing_would_read_is_refused(file, overrides, says):
+    with pytest.raises(UserError, match=says):
+        load_config(file, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.decay=linear", "optim.final_fraction=0.1"],
+        ["remat=True", "remat_keep=matmuls"],
+        ["stage=refl", "refl.reward_weight=0.3", "flow.text_drop=0.5"],
+        ["stage=dmd2", "dmd.fake.b1=0.5", "flow.region_weight=False"],
+        ["data.encode=on_device", "data.processes=2"],
+        ["data.sources.0.name=t2i_64", "data.sources.0.split=heldout"],
+        ["model.text={'encoder': 'qwen3_vl', 'source': 'elsewhere'}"],
+        ["stage=refl", "refl.push=below", "grid_steps=2"],  # its default, written out
+    ],
+)
+def test_a_setting_that_is_read_is_taken(file, overrides):
+    load_config(file, overrides)
+
+
+CONFIGS = {
+    "quickstart": ("t2i", "edit", "joint"),
+    "quickstart_post": ("sft", "refl", "dmd2"),
+    "demo": ("t2i", "edit", "joint", "sft", "refl", "dmd2", "vae"),
+    "vae": ("data",),
+    "dreamlite": ("t2i_256", "t2i_512", "t2i_1024", "edit", "joint", "sft"),
+    "dreamlite_post": ("refl", "dmd2"),
+}
+
+
+@pytest.mark.parametrize(
+    "location", [f"{name}:{argument}" for name, arguments in CONFIGS.items() for argument in arguments]
+)
+def test_every_shipped_config_loads(location):
+    config = load_config(f"configs/{location.replace(':', '.py:')}")
+    assert from_dict(TrainConfig, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    "location", ["precompute.py:edit_64", "precompute.py:folder,x", "precompute.py:array_record,x,train",
+                 "precompute.py:tfds,x,y", "dreamlite_latents.py:t2i_256", "dreamlite_latents.py:edit_512_square"],
+)  # fmt: skip
+def test_every_shipped_config_of_precompute_loads(location):
+    load_config(f"configs/{location}", (), PrecomputeConfig)
+    with pytest.raises(UserError, match=r"config.source.weight is 2.0, but one source has no mixture"):
+        load_config(f"configs/{location}", ["source.weight=2"], PrecomputeConfig)
+
+
+def test_configs_that_differ_are_told_by_their_fields():
+    other = dataclasses.replace(UNetConfig(), ff_mult=4, num_heads=(2, 8, 14))
+    assert differences(UNetConfig(), other, "unet") == [
+        "unet.num_heads is [4, 8, 14] there and [2, 8, 14] here", "unet.ff_mult is 3 there and 4 here"
+    ]  # fmt: skip
+    one, two = {"s": [{"a": 1}, {"a": 2}]}, {"s": [{"a": 1}, {"a": 3, "b": 0}]}
+    assert differences(one, two, "", "was", "is") == ["s[1].a is 2 was and 3 is", "s[1].b is None was and 0 is"]
+    assert not differences(one, one, "x") and differences([1], [1, 2], "x") == ["x is [1] there and [1, 2] here"]
 
 
 def test_a_missing_field_and_an_unknown_one_in_the_file_are_named(tmp_path):

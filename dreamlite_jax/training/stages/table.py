@@ -47,7 +47,7 @@ def find(stage: str) -> Row:
     path, separator, name = stage.rpartition(":")
     if not separator or not path.endswith(".py"):
         raise UserError(
-            f"config.stage is {stage!r}; it must be one of {', '.join(map(repr, STAGES))}, or a stage of your own as "
+            f"stage is {stage!r}; it must be one of {', '.join(map(repr, STAGES))}, or a stage of your own as "
             "FILE.py:CLASS"
         )
     module = _module(Path(path).absolute())
@@ -58,7 +58,7 @@ def find(stage: str) -> Row:
     }  # fmt: skip
     if name not in classes:
         found = suggestion(name, classes) if classes else "; it has none"
-        raise UserError(f"config.stage is {stage!r}, but {path} has no stage {name!r}{found}")
+        raise UserError(f"stage is {stage!r}, but {path} has no stage {name!r}{found}")
     kind = classes[name]
     return Row(kind, accumulates=kind.accumulates, encodes=kind.encodes)
 
@@ -66,7 +66,7 @@ def find(stage: str) -> Row:
 @functools.cache
 def _module(path: Path) -> Any:
     if not path.is_file():
-        raise UserError(f"config.stage names {path}, but there is no such file")
+        raise UserError(f"stage names {path}, but there is no such file")
     name = f"stage_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their types
