@@ -19,7 +19,7 @@ import grain
 import msgpack
 import numpy as np
 
-from dreamlite_jax.data import reading
+from dreamlite_jax.data import place, reading
 from dreamlite_jax.data.buckets import Size
 from dreamlite_jax.data.reading import BadRecords
 from dreamlite_jax.data.records import BadRecord
@@ -320,6 +320,9 @@ class LatentReader:
     def load(self, source: int, index: int, bucket: int) -> dict[str, np.ndarray]:
         del bucket  # latents have the size they were made with
         example = self._example(source, index)
+        for name in ARRAYS:
+            if (array := getattr(example, name)) is not None and not np.isfinite(array).all():
+                raise BadRecord(f"its {name} has values that are not finite; precompute again")
         try:
             return collate(example, self.text_length, self.null_tail) | self.extend(example.text)
         except UserError as error:
@@ -327,6 +330,13 @@ class LatentReader:
 
     def name(self, source: int, index: int) -> str:
         return f"record {index}"
+
+    def digests(self) -> list[str]:
+        """Of each folder: its shards' names and sizes, and some records."""
+        return [
+            place.digest(shards(config.path, info), [bytes(records[i]) for i in place.looked_at(len(records))])
+            for config, info, records in zip(self.configs, self.infos, self._records, strict=True)
+        ]
 
 
 @dataclasses.dataclass
@@ -360,6 +370,7 @@ class _Rows:
 def mixture(
     sources: Sequence[SourceConfig], *, batch_size: int, text_length: int, seed: int, threads: int,
     host: int = 0, hosts: int = 1, extend: Extend = no_fields, log: Path | None = None, max_bad_fraction: float = 0.01,
+    on_change: str = "refuse",
 ) -> grain.IterDataset:  # fmt: skip
     """Endless, exact, deterministic mixture of latent folders; hosts' parts joined are the same for any host count.
 
@@ -369,9 +380,10 @@ def mixture(
       batch_size: of all hosts together.
       extend: see `LatentReader`.
       log, max_bad_fraction: see `reading.BadRecords`.
+      on_change: see `place.check`.
     """
     from dreamlite_jax.data.forms import Latents
-    from dreamlite_jax.data.mixture import Batches, HostShare, check_hosts
+    from dreamlite_jax.data.mixture import Batches, check_hosts
 
     check_hosts(batch_size, hosts)
     reader = LatentReader(sources, text_length, extend)
@@ -383,13 +395,13 @@ def mixture(
         shapes = [(height // factor, width_ // factor, vae["latent_channels"]) for width_, height in reader.sizes]
         return Batches(
             reader, Latents(shapes, text_length, width, reader.null_tail, extend("")), weights=weights,
-            batch_size=batch_size, seed=seed, bad=bad, threads=threads, host=host, hosts=hosts,
+            batch_size=batch_size, seed=seed, bad=bad, threads=threads, host=host, hosts=hosts, on_change=on_change,
         )  # fmt: skip
     streams = [
         grain.MapDataset.source(_Rows(reader, i, bad)).seed(seed + i).shuffle().repeat() for i in range(len(sources))
     ]
     stream = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
-    if hosts > 1:
-        stream = HostShare(stream, batch_size, host, hosts)
-    stream = stream.batch(batch_size // hosts, drop_remainder=True)
-    return stream.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(1, threads)))
+    data = place.described(sources, reader.lengths, reader.digests(), seed)
+    return place.Consecutive(
+        stream, batch_size=batch_size, host=host, hosts=hosts, threads=threads, data=data, on_change=on_change
+    )

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from dreamlite_jax.data import reading
+from dreamlite_jax.data import place, reading
 from dreamlite_jax.data.buckets import Plan, Size, Stream, bucket_sizes
 from dreamlite_jax.data.fit import check_limits, summary
 from dreamlite_jax.data.index import bucket_table, picture_sizes, sampled_sizes
@@ -64,15 +64,17 @@ class Batches(grain.IterDataset):
       threads, processes: that read; processes, if there are any, do the work and threads only wait for them.
       bad: where records that cannot be used are counted.
       encoder: gives each batch `text` (b, s, d) and `mask` (b, s) of `text_length` tokens; None gives none.
+      on_change: see `place.check`.
     """
 
     def __init__(
         self, reader: Reader, form: Form, *, weights: Sequence[float], batch_size: int, seed: int, bad: BadRecords,
         threads: int, processes: int = 0, host: int = 0, hosts: int = 1, encoder: PromptEncoder | None = None,
-        text_length: int = 0,
+        text_length: int = 0, on_change: str = "refuse",
     ):  # fmt: skip
         super().__init__()
         check_hosts(batch_size, hosts)
+        self.data, self.on_change = place.described(reader.configs, reader.lengths, reader.digests(), seed), on_change
         self.reader, self.form, self.bad = reader, form, bad
         self.batch_size, self.host, self.hosts = batch_size, host, hosts
         self.threads, self.processes = max(1, threads), processes
@@ -125,7 +127,7 @@ def raw_batches(
     return Batches(
         reader, make_form(sizes), weights=[config.weight for config in data.sources], batch_size=data.batch_size,
         seed=seed, bad=bad, threads=data.threads, processes=data.processes, host=host, hosts=hosts, encoder=encoder,
-        text_length=data.text_length,
+        text_length=data.text_length, on_change=data.on_change,
     )  # fmt: skip
 
 
@@ -155,22 +157,6 @@ def first_items(config: SourceConfig, buckets: BucketConfig, count: int) -> tupl
     if not found:
         raise UserError(f"none of the first records of source {config.path} can be used")
     return sizes[kind[0]], found
-
-
-class HostShare(grain.MapDataset):
-    """Of every `batch_size` elements of a stream, one after the other, those of this host."""
-
-    def __init__(self, parent: grain.MapDataset, batch_size: int, host: int, hosts: int):
-        super().__init__(parent)
-        self._batch_size, self._share = batch_size, batch_size // hosts
-        self._first = host * self._share
-
-    def __len__(self) -> int:
-        return len(self._parent) // self._batch_size * self._share
-
-    def __getitem__(self, index: int) -> Any:
-        batch, row = divmod(index, self._share)
-        return self._parent[batch * self._batch_size + self._first + row]
 
 
 class BatchIterator(grain.DatasetIterator):
@@ -237,11 +223,13 @@ class BatchIterator(grain.DatasetIterator):
                 batches.form.fill(pending.batch, row, loaded[row].item)
 
     def get_state(self) -> dict[str, Any]:
-        return self._state
+        return {**self._state, "data": self._batches.data}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._plan = self._batches.plan()
-        self._plan.restore(state)
+        """Goes to a saved place. Raises `UserError` where it is one of other data."""
+        batches, self._plan = self._batches, self._batches.plan()
+        if place.check(state["data"], batches.data, batches.on_change, tell=batches.host == 0):
+            self._plan.restore(state)
         self._state = self._plan.state()
         self._reading.clear()
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dreamlite_jax.data import transforms
+from dreamlite_jax.data import place, transforms
 from dreamlite_jax.data.buckets import Size
 from dreamlite_jax.data.fit import check_limits
 from dreamlite_jax.data.records import BadRecord
@@ -124,6 +124,9 @@ class Reader(Protocol):
 
     def name(self, source: int, index: int) -> str: ...
 
+    def digests(self) -> list[str]:
+        """Of each source's content (`place.digest`)."""
+
 
 def read(reader: Reader, source: int, index: int, bucket: int, refused: Sequence[int] = ()) -> Loaded:
     """The sample, or the first of its substitutes that can be read.
@@ -190,6 +193,9 @@ class RawReader:
 
     def name(self, source: int, index: int) -> str:
         return self.sources[source].name(index)
+
+    def digests(self) -> list[str]:
+        return [place.digest_of_source(source) for source in self.sources]
 
 
 # --- in worker processes

@@ -126,6 +126,8 @@ class DataConfig:
     "on_device" reads raw sources and encodes each batch with the frozen autoencoder and text encoder.
     Raw pictures are decoded by `threads`, or, when it is above 0, by `processes` of their own.
     Records that cannot be used are replaced and logged; above a `max_bad_fraction` of those read the run stops.
+    A run that is to go on with other sources, weights or seed than before is refused; with `on_change` "restart" it
+    goes on with them from their beginning.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -137,6 +139,7 @@ class DataConfig:
     encode: Literal["precomputed", "on_device"] = "precomputed"
     buckets: BucketConfig = BucketConfig()
     max_bad_fraction: float = 0.01
+    on_change: Literal["refuse", "restart"] = "refuse"
 
     def __post_init__(self):
         check_bounds(self, ("batch_size", "text_length"), least=1)

@@ -19,10 +19,11 @@ from dreamlite_jax.config import (
     with_text_state,
 )
 from dreamlite_jax.data import latents as latent_data
+from dreamlite_jax.data import place
 from dreamlite_jax.data.buckets import Size, bucket_sizes, check_sizes
 from dreamlite_jax.data.encoders import check_encoders
 from dreamlite_jax.data.forms import Images, Latents, Pairs
-from dreamlite_jax.data.mixture import HostShare, check_hosts, first_items, raw_batches, source_sizes, text_fields
+from dreamlite_jax.data.mixture import check_hosts, first_items, raw_batches, source_sizes, text_fields
 from dreamlite_jax.data.reading import log_path
 from dreamlite_jax.data.sources import Record, open_source
 from dreamlite_jax.data.transforms import Item, open_picture
@@ -110,6 +111,7 @@ class LatentFeed:
             extend=lambda text: {name: value[0] for name, value in fields([text]).items()},
             log=log_path(log_folder, host) if log_folder else None,
             max_bad_fraction=data.max_bad_fraction,
+            on_change=data.on_change,
         )
 
     def first(self, source: SourceConfig, count: int) -> tuple[Sequence[latent_data.Example], HostBatch]:
@@ -191,16 +193,19 @@ class PictureFeed:
             log = log_path(log_folder, host) if log_folder else None
             return raw_batches(data, Images, seed=seed, host=host, hosts=hosts, log=log)
         check_hosts(data.batch_size, hosts)
+        sources = [open_source(source) for source in data.sources]
         streams = [
-            grain.MapDataset.source(open_source(source)).seed(seed + i).shuffle().repeat().map(decode_image)
-            for i, source in enumerate(data.sources)
+            grain.MapDataset.source(source).seed(seed + i).shuffle().repeat().map(decode_image)
+            for i, source in enumerate(sources)
         ]
         weights = [source.weight for source in data.sources]
         stream = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
-        if hosts > 1:
-            stream = HostShare(stream, data.batch_size, host, hosts)
-        options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=2 * max(1, data.threads))
-        return stream.batch(data.batch_size // hosts).to_iter_dataset(options)
+        digests = [place.digest_of_source(source) for source in sources]
+        return place.Consecutive(
+            stream, batch_size=data.batch_size, host=host, hosts=hosts, threads=data.threads,
+            data=place.described(data.sources, [len(source) for source in sources], digests, seed),
+            on_change=data.on_change,
+        )  # fmt: skip
 
     def first(self, source: SourceConfig, count: int) -> tuple[Sequence[Item], HostBatch]:
         """As `LatentFeed.first`."""

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dreamlite_jax.config import to_dict
+from dreamlite_jax.data import place
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training import distributed, sharding
 from dreamlite_jax.training.checkpoint import EXPORT, Checkpoints, check_resume
@@ -69,7 +70,7 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
             frozen = sharding.place(stage.load_frozen(), placement.frozen)
             checkpoints.check_frozen(restored, frozen)
             start, state = restored.step, restored.state.replace(frozen=frozen)
-            iterator.set_state(restored.position)
+            iterator.set_state(place.upgraded(restored.position, restored.meta["config"]))
             clock.restore(restored.meta["clock"])
             say(f"resumed from step {start}")
         else:

@@ -25,8 +25,8 @@ def folders(tmp_path_factory):
 
 
 def stream(root, weights=(1.0, 1.0), **options):
-    sources = [SourceConfig(str(root / name), weight) for name, weight in zip(("t2i", "edit"), weights, strict=True)]
-    sources = [source for source in sources if source.weight]
+    weighted = zip(("t2i", "edit"), weights, strict=True)
+    sources = [SourceConfig(str(root / name), weight) for name, weight in weighted if weight]
     return iter(latents.mixture(sources, **({"batch_size": 8, "text_length": 8, "seed": 0, "threads": 1} | options)))
 
 
