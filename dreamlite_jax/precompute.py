@@ -68,7 +68,7 @@ def precompute(config: PrecomputeConfig, output: Path, host: int = 0, hosts: int
         raise UserError(f"--host {host} is not below --hosts {hosts}")
     refuse_foreign(output)
     source = open_source(config.source)
-    sizes = source_sizes(config.buckets, [source])
+    sizes = source_sizes(config.buckets, [source], "config.buckets")
     vae_file = vae_path(config.vae)
     vae_config, vae_params = load_vae(vae_file)
     check_sizes("config.buckets", sizes, vae_config.downsampling, "the autoencoder")

@@ -131,13 +131,14 @@ def raw_batches(
     )  # fmt: skip
 
 
-def source_sizes(config: BucketConfig, sources: Sequence[Source]) -> list[Size]:
-    """The buckets of raw sources. Raises `UserError` where the config leaves out what the sources do not say."""
+def source_sizes(config: BucketConfig, sources: Sequence[Source], where: str = "config.data.buckets") -> list[Size]:
+    """The buckets of raw sources. Raises `UserError` where the config leaves out what the sources do not say; `where`
+    is the place of the buckets in it."""
     if config.size:
         return list(bucket_sizes(config))
     own = {getattr(source, "size", 0) for source in sources}
     if len(own) > 1 or own == {0}:
-        raise UserError("config.buckets.size is 0; pictures other than sprites of one size need one, such as 256")
+        raise UserError(f"{where}.size is 0; pictures other than sprites of one size need one, such as 256")
     return [(size, size) for size in own]
 
 

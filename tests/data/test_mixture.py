@@ -350,7 +350,9 @@ def test_a_prompt_that_the_encoder_refuses_makes_its_record_a_bad_one(tmp_path):
 
 
 def test_a_size_is_needed_where_pictures_have_many(root):
-    with pytest.raises(UserError, match=r"config.buckets.size is 0; pictures other than sprites of one size need one"):
+    with pytest.raises(
+        UserError, match=r"config.data.buckets.size is 0; pictures other than sprites of one size need one"
+    ):
         batches([root / "few"], buckets=BucketConfig())
     with pytest.raises(UserError, match="batch_size 8 is not a multiple of the 3 hosts"):
         batches([root / "few"], hosts=3)

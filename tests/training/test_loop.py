@@ -88,7 +88,7 @@ def test_a_finished_run_does_nothing(whole, config, capsys):
     run = build(load_config(config))
     for override, says in (
         ("steps=8", r"config.steps is 8, but .* has trained 12 steps"),
-        ("stage=vae", "checkpoints of stage flow_matching, and config.stage is vae"),
+        ("stage=refl", "checkpoints of stage flow_matching, and config.stage is refl"),
         ("model.unet.ff_mult=2", r"another architecture: model.unet.ff_mult is 3 there and 2 here"),
     ):
         with pytest.raises(UserError, match=says):

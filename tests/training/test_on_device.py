@@ -47,6 +47,13 @@ def mapping(root, **data):
     return changed | {"data": defaults | data}
 
 
+def autoencoder_config(root, **changes):
+    """Of stage vae, on the same pictures."""
+    given = mapping(root, text_length=64)
+    read = ("model", "data", "optim", "steps", "log_every", "checkpoint_every", "grid_every", "grid_items")
+    return from_dict(TrainConfig, {name: given[name] for name in read} | {"stage": "vae"} | changes, "config")
+
+
 def run(root, **data):
     return build(from_dict(TrainConfig, mapping(root, **data), "config"))
 
@@ -115,7 +122,7 @@ def test_sizes_that_the_network_cannot_take_are_refused_before_anything_runs(roo
     with pytest.raises(UserError, match=r"config.data.buckets gives pictures of 22x12; the U-Net needs multiples of 4"):
         run(root, buckets=odd)
     for buckets, refused in ((odd, True), (BUCKETS, False)):
-        config = from_dict(TrainConfig, mapping(root, buckets=buckets) | {"stage": "vae"}, "config")
+        config = autoencoder_config(root, data=mapping(root, buckets=buckets, text_length=64)["data"])
         with pytest.raises(UserError, match="the autoencoder needs") if refused else contextlib.nullcontext():
             build(config)
 
@@ -136,8 +143,7 @@ def test_sizes_that_the_network_cannot_take_are_refused_before_anything_runs(roo
 
 
 def test_the_autoencoder_learns_from_any_pictures(root, caplog):
-    changed = mapping(root, encode="precomputed") | {"stage": "vae"}
-    stage, feed, gallery = build(from_dict(TrainConfig, changed, "config"))
+    stage, feed, gallery = build(autoencoder_config(root))
     batch = next(iter(feed.dataset(stage.fields)))
     assert batch["image"].shape == (8, 16, 16, 3) and -1 <= batch["image"].min() < batch["image"].max() <= 1
     picture = gallery.grid(tiny.vae_params())
@@ -151,8 +157,7 @@ def test_pictures_count_by_the_power_of_their_error(root):
     losses = {}
     for power in (0.0, 2.0):
         weights = {"latent_noise": 0.0, "latent_weight": 0.0, "squared_weight": 0.0, "hard_power": power}
-        changed = mapping(root, encode="precomputed") | {"stage": "vae", "autoencoder": weights}
-        stage = build(from_dict(TrainConfig, changed, "config")).stage
+        stage = build(autoencoder_config(root, autoencoder=weights)).stage
         params, key = tiny.vae_params(), jax.random.key(0)
         near = stage.network.apply({"params": params}, np.zeros((1, 16, 16, 3), np.float32))
         images = np.concatenate([near, near + 5.0])
