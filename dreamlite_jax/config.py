@@ -7,7 +7,7 @@ import operator
 import types as pytypes
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from dreamlite_jax.errors import UserError
 
@@ -325,18 +325,29 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         raise UserError(_path(where, str(error))) from None
 
 
-def differences(stored: Any, wanted: Any, path: str, there: str = "there", here: str = "here") -> list[str]:
-    """Where two configs, or mappings of them, differ: "PATH is A THERE and B HERE" for each field."""
+class Difference(NamedTuple):
+    """A field whose values differ; None where one side lacks it."""
+
+    path: str
+    stored: Any
+    wanted: Any
+
+    def __str__(self) -> str:
+        return f"{self.path} is {self.wanted!r}, and {self.stored!r} there"
+
+
+def differences(stored: Any, wanted: Any, path: str) -> list[Difference]:
+    """Where two configs, or mappings of them, differ; `path` is what their own place is called."""
     stored, wanted = _plain(stored), _plain(wanted)
+    lists = isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted)
     if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
         keys = [*stored, *(key for key in wanted if key not in stored)]
-        pairs = ((stored.get(key), wanted.get(key), _path(path, key)) for key in keys)
-        return [line for a, b, name in pairs for line in differences(a, b, name, there, here)]
-    lists = isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted)
-    if lists and any(isinstance(entry, Mapping) for entry in stored):
-        entries = enumerate(zip(stored, wanted, strict=True))
-        return [line for i, (a, b) in entries for line in differences(a, b, f"{path}[{i}]", there, here)]
-    return [] if stored == wanted else [f"{path} is {stored!r} {there} and {wanted!r} {here}"]
+        pairs = [(stored.get(key), wanted.get(key), _path(path, key)) for key in keys]
+    elif lists and any(isinstance(entry, Mapping) for entry in stored):
+        pairs = [(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(stored, wanted, strict=True))]
+    else:
+        return [] if stored == wanted else [Difference(path, stored, wanted)]
+    return [found for a, b, name in pairs for found in differences(a, b, name)]
 
 
 def suggestion(word: str, known: typing.Iterable[str]) -> str:

@@ -8,7 +8,6 @@ what the machine or the storage is at fault for is raised, and moves nothing.
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from dreamlite_jax.config import with_text_state
+from dreamlite_jax.config import differences, with_text_state
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import MANIFEST, load_provenance, vae_manifest, weight_file
 from dreamlite_jax.training import distributed
@@ -268,10 +267,10 @@ def exported_steps(workdir: Path) -> int | None:
 def _compare(workdir: Path, step: int, stored: dict[str, Any], config: dict[str, Any]) -> None:
     model = with_text_state(stored["model"])
     for part in ARCHITECTURE:
-        if difference := _first_difference(model[part], config["model"][part], f"model.{part}"):
+        if found := differences(model[part], config["model"][part], f"config.model.{part}"):
             raise UserError(
-                f"{workdir} holds a checkpoint of another architecture: {difference}; use another --workdir, or the "
-                "config it was started with"
+                f"{workdir} holds a checkpoint of another architecture: {'; '.join(map(str, found))}; use another "
+                "--workdir, or the config it was started with"
             )
     if stored["stage"] != config["stage"]:
         raise UserError(
@@ -355,14 +354,3 @@ def _verify(expected: dict[str, int], parts: dict[str, Any]) -> None:
     found = fingerprint(parts)
     if wrong := [name for name in expected if found.get(name) != expected[name]]:
         raise ValueError(f"the arrays of {', '.join(wrong)} are not those that were saved")
-
-
-def _first_difference(stored: Any, wanted: Any, path: str = "model") -> str:
-    """Where two configs differ first, in words; empty if they do not."""
-    if json.dumps(stored, sort_keys=True) == json.dumps(wanted, sort_keys=True):
-        return ""
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        for key in sorted(stored.keys() | wanted.keys()):
-            if found := _first_difference(stored.get(key), wanted.get(key), f"{path}.{key}"):
-                return found
-    return f"{path} is {stored!r} there and {wanted!r} here"

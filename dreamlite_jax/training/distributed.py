@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
@@ -70,6 +71,11 @@ def on_tpu_host() -> bool:
 def primary() -> bool:
     """Whether this process is the one that writes what a run has once: metrics, grids, the export."""
     return jax.process_index() == 0
+
+
+def any_of_all(flag: bool) -> bool:
+    """Whether it is so in any process; all of them must ask."""
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def wait_for_all(what: str, hours: float = 2.0) -> None:

@@ -6,13 +6,19 @@ import sys
 class NonFiniteError(FloatingPointError):
     """A loss or norm that is not a number; the last good checkpoint stays as it is."""
 
-    def __init__(self, step: int, bad: dict[str, float]):
+    def __init__(self, step: int, bad: dict[str, float], batch: str | None = None):
+        """`batch`: what of the step's batch is not finite; "" if it is, None if nobody has looked."""
         values = ", ".join(f"{name} {value}" for name, value in bad.items())
+        if batch:
+            cause = f"The batch of this step is not finite: {batch}. Mend the data; no setting of training helps"
+        else:
+            known = "" if batch is None else "The batch of this step is finite. "
+            cause = f"{known}A lower learning rate or clip norm usually helps"
         super().__init__(
-            f"step {step}: {values}; the last checkpoint before it is kept. "
-            "A lower learning rate or clip norm usually helps; the data of this step are those of any rerun."
+            f"step {step}: {values}; the last checkpoint before it is kept. {cause}; the data of this step are those "
+            "of any rerun."
         )
-        self.step = step
+        self.step, self.bad = step, bad
 
 
 class CollapseError(ArithmeticError):

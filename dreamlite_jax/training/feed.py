@@ -14,6 +14,7 @@ from dreamlite_jax.config import (
     VAEConfig,
     check_image_size,
     check_text_state,
+    differences,
     from_dict,
     to_dict,
     with_text_state,
@@ -169,7 +170,8 @@ def check_facts(config: TrainConfig, vae: VAEConfig, null: NullPrompt) -> None:
     """Raises `UserError` unless the data's autoencoder and text states are those of the config's model."""
     model, width = config.model, null.states.shape[1]
     if model.vae != vae:
-        raise UserError(f"config.model.vae is {model.vae}, but the autoencoder file holds {vae}")
+        found = "; ".join(map(str, differences(vae, model.vae, "config.model.vae")))
+        raise UserError(f"the data's autoencoder file is of another architecture: {found}")
     if width != model.unet.text_dim:
         raise UserError(
             f"config.model.unet.text_dim is {model.unet.text_dim}, but the data have text states of width {width}"

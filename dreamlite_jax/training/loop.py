@@ -12,14 +12,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dreamlite_jax.config import to_dict
+from dreamlite_jax.config import differences, to_dict
 from dreamlite_jax.data import place
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training import distributed, sharding
+from dreamlite_jax.training import distributed, optim, sharding
 from dreamlite_jax.training.checkpoint import EXPORT, Checkpoints, check_resume
 from dreamlite_jax.training.clock import Clock, duration
 from dreamlite_jax.training.config import TrainConfig
-from dreamlite_jax.training.errors import Preempted
+from dreamlite_jax.training.errors import NonFiniteError, Preempted
 from dreamlite_jax.training.feed import Feed
 from dreamlite_jax.training.gallery import Gallery
 from dreamlite_jax.training.metrics import Metrics
@@ -62,6 +62,8 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
         # 1. Shapes first, so that the state is born where it belongs.
         shapes = stage.state_shapes()
         placement = sharding.state_sharding(mesh, shapes)
+        for line in optim.warnings(config):
+            say(line)
         say(f"{config.stage}: {count(shapes.params) / 1e6:.2f} M parameters on {describe(mesh)}")
 
         # 2. Resume. In this order: state, iterator, then the metrics file is cut back to the restored step.
@@ -73,6 +75,8 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
             iterator.set_state(place.upgraded(restored.position, restored.meta["config"]))
             clock.restore(restored.meta["clock"])
             say(f"resumed from step {start}")
+            if changed := changed_settings(restored.meta["config"], config_record):
+                say(f"settings that are others than in step {start}: {'; '.join(changed)}")
         else:
             state = sharding.place(stage.init_state(), placement)
         frozen = restored = None  # the state is donated; nothing else may hold it
@@ -83,6 +87,7 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
         # 3. The step is compiled when a batch of a new shape comes; the first is taken now, so that its time is known.
         steps = Steps(stage, placement, mesh, clock)
         clock.started()
+        places = {start + 1: iterator.get_state()}  # in the data, of the batches whose steps are not known to be good
         batch = steps.place(next(iterator)) if start < config.steps else None
         if batch is not None:
             steps.compiled(state, batch)
@@ -100,7 +105,7 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
             profile.after(step, values)
             last, stopping = step == config.steps, stop.reached(step)
             saving = last or stopping or step % config.checkpoint_every == 0
-            position = iterator.get_state() if saving else None  # before the next batch is taken
+            position = places[step + 1] = iterator.get_state()  # before the next batch is taken
             if not last and not stopping:
                 batch = steps.place(next(iterator))
             if len(running) > RUN_AHEAD:
@@ -110,9 +115,13 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
             if logging or saving or drawing:  # so that no pause holds the time of steps that are still under way
                 try:
                     means = metrics.flush()
-                except ArithmeticError:  # what was good when it was saved may still be on its way to the disk
+                except ArithmeticError as error:  # what was good when saved may still be on its way to the disk
                     checkpoints.wait()
+                    if isinstance(error, NonFiniteError):
+                        batch = not_finite(iterator, places[error.step])
+                        raise NonFiniteError(error.step, error.bad, batch) from None
                     raise
+                places = {step + 1: position}
                 checkpoints.look()
                 if logging:
                     clock.trained(step - last_logged, work)
@@ -155,6 +164,20 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
     return export
 
 
+def not_finite(iterator: grain.DatasetIterator, position: Any) -> str:
+    """What of the batch at this place in the data is not finite, in words; "" if all is. All processes must ask."""
+    iterator.set_state(position)
+    found = []
+    for name, values in next(iterator).items():
+        good = np.isfinite(np.asarray(values, np.float32)).reshape(len(values), -1).all(1)
+        if not good.all():
+            rows = np.flatnonzero(~good).tolist()
+            found.append(f"{name} in {len(rows)} of {len(good)} rows ({', '.join(map(str, rows[:8]))})")
+    if distributed.any_of_all(bool(found)) and not found:
+        return "in the part of another process, which names it"
+    return ", ".join(found)
+
+
 def supersede(export: Path, exported: int, steps: int) -> None:
     """Moves a finished export of fewer steps out of the way; nothing of it is lost."""
     aside = export.parent / SUPERSEDED / f"{export.name}_{exported:06d}"
@@ -164,6 +187,12 @@ def supersede(export: Path, exported: int, steps: int) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(exist_ok=True)
         os.replace(export, aside)
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a resumed run takes that is other than what it had; those it may not take are errors before."""
+    found = differences(before, now, "config")
+    return [f"{path} is {wanted!r}, was {stored!r}" for path, stored, wanted in found if stored is not None]
 
 
 def check_batch(config: TrainConfig, devices: int) -> None:

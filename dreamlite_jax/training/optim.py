@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from dreamlite_jax.training.config import OptimConfig
+from dreamlite_jax.training.config import OptimConfig, TrainConfig
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -20,6 +20,22 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         case "linear":
             after = optax.linear_schedule(peak, end, max(1, steps - warmup))
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup])
+
+
+def warnings(config: TrainConfig) -> list[str]:
+    """A line for each warmup that no step of the run leaves."""
+    found, sections = [], [("config.optim", config.optim, config.steps, "steps")]
+    if config.stage == "dmd2":
+        updates = config.steps * config.dmd.fake_updates
+        sections.append(("config.dmd.fake", config.dmd.fake, updates, "updates of the fake score"))
+    for where, settings, updates, what in sections:
+        if (warmup := settings.warmup_steps) >= updates:
+            reached = settings.learning_rate * (updates - 1) / warmup
+            found.append(
+                f"{where}.warmup_steps is {warmup}, and the run has {updates} {what}: the learning rate never gets "
+                f"beyond {reached:.2g} of the {settings.learning_rate:.2g} asked for"
+            )
+    return found
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:

@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from dreamlite_jax.config import ModelConfig, check_text_state, from_dict, with_text_state
+from dreamlite_jax.config import ModelConfig, check_text_state, differences, from_dict, with_text_state
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import MANIFEST, find_model, load_config, load_params
 from dreamlite_jax.models.unet import dummy_inputs
@@ -66,10 +66,9 @@ class Stored:
         stored = load_config(folder) if exported else from_dict(
             ModelConfig, with_text_state(checkpoint.saved_config(folder)["model"]), f"{folder}: config.model"
         )  # fmt: skip
-        if stored.unet != self._unet:
+        if found := differences(stored.unet, self._unet, "config.model.unet"):
             raise UserError(
-                f"config.{self._field} {folder} holds a U-Net of another architecture: {stored.unet}; the config asks "
-                f"for {self._unet}"
+                f"config.{self._field} {folder} holds a U-Net of another architecture: {'; '.join(map(str, found))}"
             )
         check_text_state(f"config.{self._field} {folder} holds a U-Net that was trained on", stored.text, self._text)
         return load_params(folder, "unet") if exported else checkpoint.averaged(folder, self.shapes())
