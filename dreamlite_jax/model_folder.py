@@ -134,11 +134,22 @@ def load_vae(path: str | Path, *, dtype: Any = np.float32) -> tuple[VAEConfig, d
     Raises:
       UserError: the file is neither, or is damaged.
     """
-    path = Path(path)
-    if path.name == weight_file("vae") and (path.parent / MANIFEST).is_file():
-        return load_config(path.parent).vae, load_params(path.parent, "vae", dtype=dtype)
-    config = from_dict(VAEConfig, vae_manifest(path)["config"], f"{path}: config")
+    path, config = Path(path), vae_config(path)
+    if _in_model_folder(path):
+        return config, load_params(path.parent, "vae", dtype=dtype)
     return config, read_params(path, expected_shapes("vae", config), dtype)
+
+
+def vae_config(path: str | Path) -> VAEConfig:
+    """The config alone of what `load_vae` reads."""
+    path = Path(path)
+    if _in_model_folder(path):
+        return load_config(path.parent).vae
+    return from_dict(VAEConfig, vae_manifest(path)["config"], f"{path}: config")
+
+
+def _in_model_folder(path: Path) -> bool:
+    return path.name == weight_file("vae") and (path.parent / MANIFEST).is_file()
 
 
 def vae_manifest(path: str | Path) -> dict[str, Any]:

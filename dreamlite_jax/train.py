@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from dreamlite_jax.training.loop import check
 
-        for line in check(config, stage, feed):
+        for line in check(config, stage, feed, args.workdir):
             print(line)
         jax.clear_caches()
         return 0

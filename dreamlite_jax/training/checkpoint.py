@@ -217,14 +217,8 @@ def check_resume(workdir: Path, config: dict[str, Any]) -> int | None:
       UserError: the checkpoints are of another architecture or stage, or the run has trained more steps than the
         config's; or it is complete after fewer, and there is no checkpoint to go on from.
     """
-    for step in reversed(steps_in(workdir)):
-        try:
-            with _reader(workdir) as manager:
-                stored = _meta(manager, step)["config"]
-        except Exception:  # whatever is wrong with it, `restore` says so
-            continue
-        _compare(workdir, step, stored, config)
-        break
+    if saved := newest_record(workdir):
+        _compare(workdir, saved.step, saved.meta["config"], config)
     exported = exported_steps(workdir)
     if exported is None or exported == config["steps"]:
         return exported
@@ -237,6 +231,27 @@ def check_resume(workdir: Path, config: dict[str, Any]) -> int | None:
             "one)"
         )
     return exported
+
+
+class Record(NamedTuple):
+    """A checkpoint without its arrays: see `Restored`."""
+
+    step: int
+    position: dict[str, Any]
+    meta: dict[str, Any]
+
+
+def newest_record(workdir: Path) -> Record | None:
+    """Of the newest checkpoint whose record can be read, None if there is none; touches no device."""
+    for step in reversed(steps_in(workdir)):
+        parts = ocp.args.Composite(data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
+        try:
+            with _reader(workdir) as manager:
+                restored = manager.restore(step, args=parts)
+            return Record(step, restored["data"], restored["meta"])
+        except Exception:  # whatever is wrong with it, `restore` says so
+            continue
+    return None
 
 
 def exported_steps(workdir: Path) -> int | None:

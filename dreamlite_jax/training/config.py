@@ -272,8 +272,9 @@ class TrainConfig:
     (docs/extending.md).
 
     `init_from` is a model folder, or the workdir of a run of any stage: its exported model, or the averaged parameters
-    of its newest checkpoint if it has not exported yet. Without it the network starts from random weights. `vae` is the
-    autoencoder file that latents were made with ("" means the shipped one).
+    of its newest checkpoint if it has not exported yet; for stage vae it may be an autoencoder file too. Without it the
+    network starts from random weights. `vae` is the autoencoder file that latents were made with ("" means the shipped
+    one).
 
     A batch is worked through in `accumulate` parts, with the same result and less memory. `dtype` is that of matmuls
     and activations; parameters, their average and the optimiser stay float32. `remat` recomputes each level of the

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 from PIL import Image
@@ -16,7 +17,7 @@ from dreamlite_jax.config import differences, to_dict
 from dreamlite_jax.data import place
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training import distributed, optim, sharding
-from dreamlite_jax.training.checkpoint import EXPORT, Checkpoints, check_resume
+from dreamlite_jax.training.checkpoint import EXPORT, Checkpoints, check_resume, newest_record
 from dreamlite_jax.training.clock import Clock, duration
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.errors import NonFiniteError, Preempted
@@ -239,13 +240,32 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def check(config: TrainConfig, stage: Stage, feed: Feed) -> list[str]:
+def check(config: TrainConfig, stage: Stage, feed: Feed, workdir: Path | None = None) -> list[str]:
     """Builds everything but runs no step: parameters by shape, one real batch, the step's shapes. Says what it saw.
 
     The devices need not be those of the run: a pod's config can be checked on a laptop.
+
+    Args:
+      workdir: what a run there would go on with is held to the config too.
+
+    Raises:
+      UserError: what a run would be refused for, as far as it shows without its devices and the arrays of files.
     """
+    record, iterator = to_dict(config), iter(feed.dataset(stage.fields))
+    exported = check_resume(workdir, record) if workdir else None
+    saved = newest_record(workdir) if workdir else None
+    begins = []
+    if exported == config.steps:
+        begins.append(f"workdir: complete after {exported} steps")
+    elif saved:
+        iterator.set_state(place.upgraded(saved.position, saved.meta["config"]))
+        begins.append(
+            "; ".join([f"workdir: goes on from step {saved.step}", *changed_settings(saved.meta["config"], record)])
+        )
+    for source in (*stage.frozen.values(), *(() if saved else stage.sources.values())):
+        source.check()
     state = stage.state_shapes()
-    batch = next(iter(feed.dataset(stage.fields)))
+    batch = next(iterator)
     _, values = jax.eval_shape(stage.step, state, batch)
     check_metrics(stage, values)
     shapes = ", ".join(f"{name} {tuple(np.shape(value))}" for name, value in batch.items())
@@ -254,4 +274,6 @@ def check(config: TrainConfig, stage: Stage, feed: Feed) -> list[str]:
         f"parameters: {count(state.params):,}",
         f"batch: {shapes}",
         f"metrics: {', '.join(values)}",
+        *begins,
+        *optim.warnings(config),
     ]

@@ -1,5 +1,6 @@
 """Where weights come from when a run begins: their shapes by name, or they themselves."""
 
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from dreamlite_jax.config import ModelConfig, check_text_state, differences, from_dict, with_text_state
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.model_folder import MANIFEST, find_model, load_config, load_params
+from dreamlite_jax.model_folder import MANIFEST, find_model, load_config, load_params, load_vae, vae_config, weight_file
 from dreamlite_jax.models.unet import dummy_inputs
 from dreamlite_jax.training import checkpoint, sharding
 from dreamlite_jax.training.config import TrainConfig
@@ -19,6 +20,9 @@ class Weights(Protocol):
 
     def shapes(self) -> Any:
         """A tree of `jax.ShapeDtypeStruct`; reads nothing."""
+
+    def check(self) -> None:
+        """Raises `UserError` for a file that `load` would refuse, as far as that shows without reading its arrays."""
 
     def load(self) -> Any:
         """The arrays: on the mesh or, the same in every process, on the host. Raises `UserError` for a wrong file."""
@@ -33,6 +37,9 @@ class Given:
     def shapes(self) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._tree)
 
+    def check(self) -> None:
+        pass
+
     def load(self) -> Any:
         return self._tree
 
@@ -45,6 +52,9 @@ class Random:
 
     def shapes(self) -> Any:
         return jax.eval_shape(self._network.init, jax.random.key(self._seed), *self._inputs)["params"]
+
+    def check(self) -> None:
+        pass
 
     def load(self) -> Any:
         return sharding.born(self._network.init, jax.random.key(self._seed), *self._inputs)["params"]
@@ -60,7 +70,15 @@ class Stored:
     def shapes(self) -> Any:
         return jax.eval_shape(self._network.init, jax.random.key(0), *dummy_inputs(self._unet))["params"]
 
+    def check(self) -> None:
+        self._find()
+
     def load(self) -> Any:
+        folder, exported = self._find()
+        return load_params(folder, "unet") if exported else checkpoint.averaged(folder, self.shapes())
+
+    def _find(self) -> tuple[Path, bool]:
+        """The folder, and whether it is a model folder; else it is a workdir that has not exported."""
         folder = find_model(self._location)
         exported = (folder / MANIFEST).exists() or not checkpoint.steps_in(folder)
         stored = load_config(folder) if exported else from_dict(
@@ -71,7 +89,42 @@ class Stored:
                 f"config.{self._field} {folder} holds a U-Net of another architecture: {'; '.join(map(str, found))}"
             )
         check_text_state(f"config.{self._field} {folder} holds a U-Net that was trained on", stored.text, self._text)
-        return load_params(folder, "unet") if exported else checkpoint.averaged(folder, self.shapes())
+        return folder, exported
+
+
+class StoredAutoencoder:
+    """Autoencoder weights, on the host, of what `config.init_from` names: an autoencoder file, a model folder, or the
+    workdir of a run, its export or (of stage vae) the averaged parameters of its newest checkpoint."""
+
+    def __init__(self, config: TrainConfig, shapes: Any):
+        self._vae, self._shapes, self._location = config.model.vae, shapes, Path(config.init_from)
+
+    def shapes(self) -> Any:
+        return self._shapes
+
+    def check(self) -> None:
+        self._find()
+
+    def load(self) -> Any:
+        place = self._find()
+        return checkpoint.averaged(place, self._shapes) if place.is_dir() else load_vae(place)[1]
+
+    def _find(self) -> Path:
+        """The file, or the workdir of a run of stage vae that has not exported."""
+        location, name = self._location, weight_file("vae")
+        files = [file for file in (location, location / name, location / "model" / name) if file.is_file()]
+        if files:
+            place, stored = files[0], vae_config(files[0])
+        elif checkpoint.steps_in(location) and (saved := checkpoint.saved_config(location))["stage"] == "vae":
+            place, stored = location, saved["model"]["vae"]
+        else:
+            what = "is neither an autoencoder file, nor a model folder, nor the workdir of a run of stage vae"
+            raise UserError(f"config.init_from {location} {what if location.exists() else 'does not exist'}")
+        if found := differences(stored, self._vae, "config.model.vae"):
+            raise UserError(
+                f"config.init_from {place} holds an autoencoder of another architecture: {'; '.join(map(str, found))}"
+            )
+        return place
 
 
 def unet(config: TrainConfig, network: Any) -> Weights:

@@ -51,8 +51,11 @@ class Head(nn.Module):
 class Teacher(start.Random):
     """Shapes of a teacher that the config does not name."""
 
-    def load(self) -> Any:
+    def check(self) -> None:
         raise UserError("config.dmd.teacher and config.init_from are empty; distillation needs a trained teacher")
+
+    def load(self) -> Any:
+        self.check()
 
 
 class DMD2Stage(DenoisingStage):

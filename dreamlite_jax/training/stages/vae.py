@@ -23,7 +23,8 @@ class VAEStage(Stage):
 
     def __init__(self, config: TrainConfig):
         self.network, side = VAE(config.model.vae), 8 * config.model.vae.downsampling
-        super().__init__(config, start.Random(self.network, (jnp.zeros((1, side, side, 3)),), config.seed))
+        weights = start.Random(self.network, (jnp.zeros((1, side, side, 3)),), config.seed)
+        super().__init__(config, start.StoredAutoencoder(config, weights.shapes()) if config.init_from else weights)
 
     @classmethod
     def assemble(cls, config: TrainConfig, *, shapes_only: bool = False) -> Run:
