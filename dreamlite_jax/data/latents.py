@@ -347,6 +347,7 @@ class _Sizes:
 
     def __post_init__(self):
         self.lengths, self.bucket_of = self.reader.lengths, [None] * len(self.reader.lengths)
+        self.configs = self.reader.configs
         self.load, self.name = lambda source, index, _: self.reader._example(source, index), self.reader.name
 
 

@@ -148,7 +148,8 @@ def read(reader: Reader, source: int, index: int, bucket: int, refused: Sequence
         except BadRecord as error:
             bad.append((reader.name(source, candidate), str(error)))
     first = f": {bad[0][0]}: {bad[0][1]}" if bad else ""
-    raise UserError(f"source {source}: none of {len(bad) + len(refused)} records tried in a row can be used{first}")
+    path = reader.configs[source].path
+    raise UserError(f"source {path}: none of {len(bad) + len(refused)} records tried in a row can be used{first}")
 
 
 def substitutes(index: int, bucket: int, length: int, buckets: np.ndarray | None) -> Iterator[int]:

@@ -81,9 +81,12 @@ class Stored:
         """The folder, and whether it is a model folder; else it is a workdir that has not exported."""
         folder = find_model(self._location)
         exported = (folder / MANIFEST).exists() or not checkpoint.steps_in(folder)
-        stored = load_config(folder) if exported else from_dict(
-            ModelConfig, with_text_state(checkpoint.saved_config(folder)["model"]), f"{folder}: config.model"
-        )  # fmt: skip
+        try:
+            stored = load_config(folder) if exported else from_dict(
+                ModelConfig, with_text_state(checkpoint.saved_config(folder)["model"]), f"{folder}: config.model"
+            )  # fmt: skip
+        except UserError as error:
+            raise UserError(f"config.{self._field}: {error}") from None
         if found := differences(stored.unet, self._unet, "config.model.unet"):
             raise UserError(
                 f"config.{self._field} {folder} holds a U-Net of another architecture: {'; '.join(map(str, found))}"

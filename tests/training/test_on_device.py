@@ -131,7 +131,7 @@ def test_sizes_that_the_network_cannot_take_are_refused_before_anything_runs(roo
     deeper = mapping(root, **data)
     levels = {"block_out_channels": (8,) * 4, "num_heads": (2,) * 4, "transformer_layers": (1,) * 4}
     levels |= {"down_blocks": ("plain",) * 4, "up_blocks": ("plain",) * 4}
-    deeper["model"] = {**deeper["model"], "unet": {**deeper["model"]["unet"], **levels}}
+    deeper["model"] = {**deeper["model"], "unet": {**deeper["model"]["unet"], **levels}, "native_size": 32}
     with pytest.raises(UserError, match=r"squares gives pictures of 16x16; the U-Net needs multiples of 32 pixels"):
         build(from_dict(TrainConfig, deeper, "config"))
     run(root, **data)
