@@ -192,8 +192,13 @@ def supersede(export: Path, exported: int, steps: int) -> None:
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What a resumed run takes that is other than what it had; those it may not take are errors before."""
-    found = differences(before, now, "config")
-    return [f"{path} is {wanted!r}, was {stored!r}" for path, stored, wanted in found if stored is not None]
+
+    def told(path: str, stored: Any, wanted: Any) -> str:
+        if isinstance(stored, list) and isinstance(wanted, list) and any(isinstance(x, dict) for x in stored):
+            return f"{path} has {len(wanted)} entries, had {len(stored)}"
+        return f"{path} is {wanted!r}, was {stored!r}"
+
+    return [told(*found) for found in differences(before, now, "config") if found.stored is not None]
 
 
 def check_batch(config: TrainConfig, devices: int) -> None:
