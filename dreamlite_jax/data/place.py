@@ -19,6 +19,7 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.training.config import SourceConfig
 
 LOOKED_AT = 16  # records of a source whose content is part of its digest
+UNREADABLE = "-" * 8
 CONTENT = (".jsonl", ".json")  # files that are part of it whole; of others names and sizes are
 
 
@@ -37,16 +38,14 @@ def described(
 
 
 def digest_of_source(source: Source) -> str:
-    """Of a raw source: its files, and the content of some records spread over it. The same wherever it is."""
+    """Of a raw source (`digest`)."""
 
-    def content(index: int) -> bytes:
+    def content(index: int) -> bytes | None:
         try:
             record = source[index]
-        except BadRecord:  # it may be whole the next time, which makes no other data of the rest
-            return b""
-        pictures = (
-            b"" if x is None else x if isinstance(x, bytes) else x.tobytes() for x in (record.target, record.source)
-        )
+        except BadRecord:
+            return None
+        pictures = [x if isinstance(x, bytes) else x.tobytes() for x in (record.target, record.source) if x is not None]
         return b"\0".join([record.task.encode(), record.text.encode(), *pictures])
 
     return digest(source.files, [content(index) for index in looked_at(len(source))])
@@ -57,17 +56,23 @@ def looked_at(count: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, LOOKED_AT)})
 
 
-def digest(files: Sequence[Path], contents: Sequence[bytes]) -> str:
-    """Of files, by name and size (small ones that list records by content), and of some records."""
+def digest(files: Sequence[Path], contents: Sequence[bytes | None]) -> str:
+    """Of files, by name and size (small ones that list records by content), and of some records, None for those that
+    cannot be read. It is the same wherever the data are."""
     whole = hashlib.sha256()
     for path in sorted(files):
         whole.update(f"{path.name} {path.stat().st_size}\n".encode())
         if path.suffix in CONTENT:
             with path.open("rb") as file:
                 whole.update(hashlib.file_digest(file, "sha256").digest())
-    for content in contents:
-        whole.update(hashlib.sha256(content).digest())
-    return whole.hexdigest()[:24]
+    parts = [UNREADABLE if content is None else hashlib.sha256(content).hexdigest()[:8] for content in contents]
+    return " ".join([whole.hexdigest()[:16], *parts])
+
+
+def alike(a: str, b: str) -> bool:
+    """Whether two digests are of the same data. A record that could not be read makes no others of them."""
+    pairs = zip(a.split(), b.split(), strict=False)
+    return len(a) == len(b) and all(x == y or UNREADABLE in (x, y) for x, y in pairs)
 
 
 def changes(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
@@ -81,7 +86,7 @@ def changes(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
         where = f"config.data.sources[{i}]"
         if a["weight"] != b["weight"]:
             found.append(f"{where}.weight is {b['weight']:g}, was {a['weight']:g}")
-        if a.get("digest") == b["digest"]:  # the same data, wherever they are now
+        if "digest" in a and alike(a["digest"], b["digest"]):  # the same data, wherever they are now
             continue
         names = [
             f"{where}.{name} is {b[name]!r}, was {a[name]!r}"

@@ -189,6 +189,26 @@ def test_one_rule_for_other_data_whatever_their_shapes(root, tmp_path, kind, cap
     assert samples(resumed, 3) == samples(anew, 3) and not capsys.readouterr().err
 
 
+def test_a_record_that_is_damaged_or_mended_makes_no_other_data(root, tmp_path):
+    """Whether or not it is one of those that were looked at; a word in the list of pictures does."""
+    shutil.copytree(root / "raw", tmp_path / "raw")
+    options = {"names": ("raw",), "max_bad_fraction": 0.5}
+    iterator = raw(tmp_path, **options)
+    samples(iterator, 3)
+    for name in ("00000.png", "00001.png", "00063.png"):
+        picture = (tmp_path / "raw" / name).read_bytes()
+        (tmp_path / "raw" / name).unlink()
+        damaged = raw(tmp_path, **options)
+        damaged.set_state(saved(iterator))
+        (tmp_path / "raw" / name).write_bytes(picture)
+        mended = raw(tmp_path, **options)
+        mended.set_state(saved(damaged))
+    lines = (tmp_path / "raw" / "metadata.jsonl").read_text().replace("number 40", "number xx")
+    (tmp_path / "raw" / "metadata.jsonl").write_text(lines)
+    with pytest.raises(UserError, match="has as many records as before, but other ones"):
+        raw(tmp_path, **options).set_state(saved(iterator))
+
+
 def test_records_that_are_not_finite_are_bad_ones(root, tmp_path):
     """They are named and replaced, and end the run above the share allowed, before anything is trained on them."""
     examples = tiny.examples("generate", 40)
