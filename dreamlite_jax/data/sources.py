@@ -31,6 +31,7 @@ from dreamlite_jax.data.records import (
     mapping_hint,
     named_fields,
     record_of,
+    short_line,
 )
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.training.config import FieldsConfig, SourceConfig

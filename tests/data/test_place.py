@@ -186,7 +186,7 @@ def test_one_rule_for_other_data_whatever_their_shapes(root, tmp_path, kind, cap
     assert samples(anew, 3) == samples(start(root, names=(folder,)), 3)
     resumed = start(root, names=(folder,), on_change="restart")
     resumed.set_state(saved(anew))  # now these are its data: no second beginning
-    assert samples(resumed, 3) == samples(anew, 3) and not capsys.readouterr().err
+    assert samples(resumed, 3) == samples(anew, 3) and "beginning of other data" not in capsys.readouterr().err
 
 
 def test_a_record_that_is_damaged_or_mended_makes_no_other_data(root, tmp_path):
@@ -207,23 +207,3 @@ def test_a_record_that_is_damaged_or_mended_makes_no_other_data(root, tmp_path):
     (tmp_path / "raw" / "metadata.jsonl").write_text(lines)
     with pytest.raises(UserError, match="has as many records as before, but other ones"):
         raw(tmp_path, **options).set_state(saved(iterator))
-
-
-def test_records_that_are_not_finite_are_bad_ones(root, tmp_path):
-    """They are named and replaced, and end the run above the share allowed, before anything is trained on them."""
-    examples = tiny.examples("generate", 40)
-    examples[3].target[0, 0, 0] = np.inf
-    examples[7].states[1, 5] = np.nan
-    latents.write_shard(latents.shard_path(tmp_path, 0, 1), iter(examples))
-    latents.write_info(tmp_path, {"shards": 1, "vae": to_dict(tiny.CONFIG.vae)}, np.zeros((2, tiny.TEXT_DIM)))
-    log = tmp_path / "bad.jsonl"
-    found = latent_batches(tmp_path, names=("",), max_bad_fraction=0.5, log=log)
-    for batch in itertools.islice(found, 10):
-        assert all(np.isfinite(value).all() for value in batch.values())
-    bad = {row["record"]: row["reason"] for row in map(json.loads, log.read_text().splitlines())}
-    assert bad == {
-        "record 3": "its target has values that are not finite; precompute again",
-        "record 7": "its states has values that are not finite; precompute again",
-    }
-    with pytest.raises(UserError, match=r"record (3: its target|7: its states) has values that are not finite"):
-        samples(latent_batches(tmp_path, names=("",)), 10)

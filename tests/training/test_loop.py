@@ -156,7 +156,7 @@ def test_saves_and_grids_beside_log_steps_are_pauses(every, config, tmp_path, mo
     settings = load_config(config, [f"{name}={value}" for name, value in every.items()])
     loop.train(settings, *build(settings), tmp_path)
     seconds = model_folder.load_provenance(tmp_path / "model")["clock"]
-    assert seconds["train"] == 0 and seconds["pause"] == 0.5 * len(paused) and len(paused) > 5
+    assert seconds["train"] == 0 and seconds["pause"] == 0.5 * len(paused) and len(paused) >= 5
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(whole, root, config):
