@@ -330,8 +330,15 @@ class LatentReader:
 
     def digests(self) -> list[str]:
         """Of each folder: its shards' names and sizes, and some records."""
+
+        def content(records: Sequence[bytes], index: int) -> bytes | None:
+            try:
+                return bytes(records[index])
+            except Exception:  # of the library, which raises nearly anything; `load` says so
+                return None
+
         return [
-            place.digest(shards(config.path, info), [bytes(records[i]) for i in place.looked_at(len(records))])
+            place.digest(shards(config.path, info), [content(records, i) for i in place.looked_at(len(records))])
             for config, info, records in zip(self.configs, self.infos, self._records, strict=True)
         ]
 
