@@ -20,6 +20,7 @@ from dreamlite_jax.model_folder import load_vae, vae_manifest
 from dreamlite_jax.training import loop
 from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import PrecomputeConfig, load_config, read_config_file
+from dreamlite_jax.training.stages import dmd2
 
 REPOSITORY = Path(__file__).parents[1]
 TRAINING = {
@@ -72,12 +73,16 @@ def test_every_config_is_known_here():
 
 
 @pytest.mark.parametrize(("file", "argument"), [(file, a) for file, args in TRAINING.items() for a in args])
-def test_training_configs_build_and_their_steps_have_shapes(root, file, argument):
+def test_training_configs_build_and_their_steps_have_shapes(root, file, argument, monkeypatch):
     root = root / "demo" if file == "demo.py" else root
     location = f"{REPOSITORY}/configs/{file}:" + (f"{argument},{root}" if argument else str(root))
     written = read_config_file(location)
     config = load_config(location, ["init_from=''"])
     assert config.steps == written["steps"] and config.stage == written["stage"]
+    if config.stage == "dmd2":
+        with pytest.raises(UserError, match="distillation needs a trained teacher"):
+            loop.check(config, *build(config)[:2])
+        monkeypatch.setattr(dmd2.Teacher, "check", lambda _: None)  # its shapes are all that is asked for here
     report = "\n".join(loop.check(config, *build(config)[:2]))
     assert f"batch {config.data.batch_size}" in report and "grad_norm" in report
 
