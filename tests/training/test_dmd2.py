@@ -100,7 +100,7 @@ def test_the_fake_score_too_weighs_what_an_edit_changes():
 def test_the_student_moves_onto_its_teacher():
     optim = {"learning_rate": 2e-2, "warmup_steps": 0, "ema_decay": 0.98, "weight_decay": 0.0}
     student = toys.gaussian_params([-0.5, 0.5], [[1.0, 0.0], [0.0, 1.0]], turn=0.3)
-    fake = {**optim, "b2": 0.9}
+    fake = {name: value for name, value in optim.items() if name != "ema_decay"} | {"b2": 0.9}
     stage = toy(toys.gaussian, steps=1, student=student, optim=optim, dmd={**UNGUIDED, "fake_updates": 3, "fake": fake})
     batch = toys.batch(128, (1, 1, 2))
     state = stage.init_state()
@@ -191,7 +191,10 @@ def test_the_teacher_is_guided_once_to_generate_and_twice_to_edit():
         (["init_from=''"], "config.dmd.teacher and config.init_from are empty"),
         (["dmd.gan_fake_weight=0.01"], "both or neither must be above 0"),
         (["dmd.noise_range=(0.5, 0.2)"], "config.dmd.noise_range is .* 0 < low < high < 1"),
-        (["dmd.region_weight=True", "flow.region_weight=False"], "config.flow.region_weight False; set both"),
+        (
+            ["dmd.region_weight=True", "flow.region_weight=False"],
+            "config.dmd.region_weight is True, but flow.region_weight False; set both",
+        ),
         (["dmd.fake_updates=0"], "config.dmd.fake_updates is 0"),
         (["dmd.fake_update=2"], "did you mean 'fake_updates'"),
     ],

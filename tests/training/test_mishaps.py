@@ -247,7 +247,7 @@ def test_a_fingerprint_sees_every_bit_and_no_mesh():
         ("mesh.fsdp=3", "mesh data=2 x fsdp=3 needs 6 devices; this run has 8"),
         ("mesh.data=4", "mesh data=4 x fsdp=1 needs 4 devices; this run has 8"),
         ("accumulate=0", "config.accumulate is 0; it must be at least 1"),
-        ("accumulate=3", "config.data.batch_size 8 is not a multiple of config.accumulate 3"),
+        ("accumulate=3", "config.data.batch_size is 8; it must be a multiple of accumulate 3"),
         ("accumulate=2", "config.data.batch_size 8 is not a multiple of 8 devices x config.accumulate 2; 16 would be"),
         ("data.batch_size=12", "config.data.batch_size 12 is not a multiple of 8 devices"),
         ("profile_steps=-1", "config.profile_steps is -1"),
