@@ -8,6 +8,7 @@ Nothing here imports JAX. Weights are mapped from the files; components are load
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dreamlite_jax import cli, pictures, settings
+from dreamlite_jax import cli, finite, pictures, settings
 from dreamlite_jax.config import ModelConfig, from_dict
 from dreamlite_jax.diffusion.schedule import TIMESTEPS, sampling_sigmas, shift_mu
 from dreamlite_jax.errors import UserError
@@ -73,7 +74,6 @@ class Runtime:
         self._observer = observer
         self._loaded: dict[str, Callable[..., np.ndarray]] = {}
         self._prompts: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
-        self._tokenizer = None
 
     def generate(
         self,
@@ -93,7 +93,8 @@ class Runtime:
           steps, guidance_scale, image_guidance_scale: default: the model's own. At 1 (an edit: both at 1): none.
 
         Raises:
-          UserError: a bad prompt, seed, number of steps or image; a component that was not converted.
+          UserError: a bad prompt, seed, number of steps or image; a component that was not converted; numbers on the
+            way that are none (the message says where they begin).
         """
         config = self.config
         steps = config.steps if steps is None else steps
@@ -107,7 +108,7 @@ class Runtime:
         x = start_noise(seed, (1, h, w, config.vae.latent_channels))
         for name in ("unet", "vae_decoder", *(["vae_encoder"] if image is not None else [])):
             component_file(self.folder, self.manifest, name)  # before any work
-        prompt_states = self.encode_prompt("generate" if image is None else "edit", prompt)
+        prompt_states = self.encode_prompt("generate" if image is None else "edit", prompt, report)
         blank = np.zeros_like(x)
         source = blank if image is None else self.encode_image(image)
         # Each guidance branch is (text states, text bias, condition latents); see `combine` for their order.
@@ -122,22 +123,41 @@ class Runtime:
                 time_features = sinusoid(np.float32([TIMESTEPS]) * now, config.unet.block_out_channels[0])
                 velocities = self._velocities(unet, x, time_features, sizes, plan)
                 x = x + (after - now) * combine(velocities, text_scale, image_scale)
+                self._check(x, f"the latents after step {i + 1} of {steps}", "unet")
                 report(f"step {i + 1}/{steps} {time.perf_counter() - begin:.2f} s")
         with self._component("vae_decoder") as decode:
-            return decode(latents=self._rows(x))[0]
+            return self._check(decode(latents=self._rows(x))[0], "the picture", "vae_decoder")
+
+    @functools.cached_property
+    def tokenizer(self) -> "tokenizers.Tokenizer":
+        """That of the text encoder, for prompts that it has not been given the states of."""
+        component_file(self.folder, self.manifest, "text")
+        from dreamlite_jax.text.words import open_tokenizer
+
+        found = open_tokenizer(self.folder / "tokenizer.json", "the converted text encoder")
+        found.encode_special_tokens = True  # "[SEP]" typed by a user is text
+        return found
 
     @property
     def reads_pictures(self) -> bool:
         """Whether the model's text encoder reads the picture of an edit too, which its file here cannot."""
         return self.config.text.encoder == "qwen3_vl"
 
-    def encode_prompt(self, task: str, prompt: str) -> tuple[np.ndarray, np.ndarray]:
-        """Text states (1, s, d) and text bias (1, s) of a prompt, remembered for the next time."""
+    def encode_prompt(
+        self, task: str, prompt: str, report: Callable[[str], None] = lambda line: None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Text states (1, s, d) and text bias (1, s) of a prompt, remembered; `report` hears of what has no token."""
         if (task, prompt) not in self._prompts:
             ids, bias = self.tokens(task, prompt)
+            if task != "null":
+                from dreamlite_jax.text.words import unread
+
+                if said := unread(self.tokenizer, prompt):
+                    report(said)
             inputs = {"token_ids": ids} if "chat" in self.manifest else {"token_ids": ids, "text_bias": bias}
             with self._component("text") as encode:
                 states = encode(**{name: self._rows(value) for name, value in inputs.items()})[:1]
+            self._check(states, "the prompt's states", "text")
             self._remember(task, prompt, states, bias)
         return self._prompts[task, prompt]
 
@@ -185,7 +205,8 @@ class Runtime:
         if pixels.shape != (self.height, self.width, 3):
             raise UserError(f"image has shape {pixels.shape}; this model takes {(self.height, self.width, 3)}")
         with self._component("vae_encoder") as encode:
-            return encode(image=self._rows(pixels[None].astype(np.float32)))[:1]
+            latents = encode(image=self._rows(pixels[None].astype(np.float32)))[:1]
+        return self._check(latents, "the source's latents", "vae_encoder")
 
     def tokens(self, task: str, prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids, (1, s) or those of a whole chat, and text bias (1, s) of a prompt with the tag of its task.
@@ -200,15 +221,7 @@ class Runtime:
             raise UserError(
                 f"{self.folder}: its text encoder is converted for prompts without a picture; for edits {OWN_STATES}"
             )
-        component_file(self.folder, self.manifest, "text")
-        if self._tokenizer is None:
-            import tokenizers
-
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-            self._tokenizer.encode_special_tokens = True  # "[SEP]" typed by a user is text
-        ids, before, most = self._tokenizer.encode(words).ids, [], self.text_length
+        ids, before, most = self.tokenizer.encode(words).ids, [], self.text_length
         if "chat" in self.manifest:
             chat = self.manifest["chat"]
             before, limit = chat["before"], chat["limit"]
@@ -240,6 +253,15 @@ class Runtime:
             )
             rows += list(out[:, :, : x.shape[2]] if axis == 2 else out)
         return [row[None] for row in rows[: len(plan)]]
+
+    def _check(self, values: np.ndarray, what: str, component: str) -> np.ndarray:
+        """The values, which must all be finite: a picture of anything else is black."""
+        if fault := finite.fault(values):
+            raise UserError(
+                f"{what}: {fault}; they come from {self.manifest['files'][component]}; convert the model again, "
+                "if this file is of half precision or 8 bits with --recipe fp32"
+            )
+        return values
 
     def _rows(self, row: np.ndarray) -> np.ndarray:
         """One row repeated to the batch of the graphs."""
@@ -359,10 +381,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    cli.check_png("--output", args.output)
     runtime = Runtime(args.model, threads=args.threads)
-    if args.output.suffix.lower() != ".png":
-        raise UserError(f"--output {args.output} must end in .png: the settings are stored in the file as PNG metadata")
-    cli.check_file("--output", args.output)
     settings.check_source_stays(args.image, [args.output])
     begin, prompt = time.perf_counter(), args.prompt
     if args.states:

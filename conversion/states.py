@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     request = PromptRequest("generate" if image is None else "edit", args.prompt, image)
     manifest = read_manifest(args.litert)
     from dreamlite_jax.model import load_config
-    from dreamlite_jax.text.load import load_encoder
+    from dreamlite_jax.text.load import load_encoder, unread
 
     text, length = load_config(args.model).text, manifest["sizes"]["text_length"]
     if text.state != (wanted := manifest["config"]["text"].get("state")):
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--model {args.model} reads text states {text.state}, but --litert {args.litert} those {wanted}; give the "
             "model that it was converted from"
         )
+    if said := unread(text, request.text):
+        print(said, file=sys.stderr)
     found = compute(load_encoder(text, find_model(args.model)), request, length)
     found["state"] = np.array(text.state or "")
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """What every command line shares: one way to report bad input."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -81,10 +82,22 @@ def check_writable(name: str, folder: Path) -> None:
         raise UserError(f"{name} {folder} cannot be written: no permission in {nearest}; choose another folder")
 
 
+def check_png(name: str, path: Path) -> None:
+    """Raises `UserError` unless a picture can be written to `path`; creates nothing."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{name} {path} must end in .png: the settings are stored in the file as PNG metadata")
+    check_file(name, path)
+
+
 def check_file(name: str, path: Path) -> None:
     """Raises `UserError` unless a file can be written to `path`, its folder made if need be; creates nothing."""
-    if path.is_dir():
-        raise UserError(f"{name} {path} is a folder; name a file in it")
+    try:
+        if path.is_dir():
+            raise UserError(f"{name} {path} is a folder; name a file in it")
+        path.with_name(f".{path.name}.{os.getpid()}.part").lstat()  # files are written under such a name first
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{name} {path}: this name is longer than the file system takes; shorten it") from None
     check_writable(name, path.parent)
 
 

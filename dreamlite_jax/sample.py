@@ -47,39 +47,40 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 class Job(NamedTuple):
-    """A command line that has been checked."""
+    """A command line that has been checked; `unread` is a line about words that the text encoder cannot read, or ""."""
 
     config: ModelConfig
     image: Image.Image | None
     width: int
     height: int
+    unread: str
 
 
 def check(args: argparse.Namespace) -> Job:
     """Everything that can be wrong before the model is loaded."""
     from dreamlite_jax import pictures
     from dreamlite_jax.model import load_config
+    from dreamlite_jax.text.load import unread
     from dreamlite_jax.text.templates import clean_prompt
 
-    clean_prompt("edit" if args.image else "generate", args.prompt)
+    prompt = clean_prompt("edit" if args.image else "generate", args.prompt)
     config = load_config(args.model)
+    said = unread(config.text, prompt)
     image = pictures.read_picture(args.image) if args.image else None
     width, height = image_size(config, args.width, args.height, image.size if image else None)
     for name, least in (("steps", 1), ("num_images", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} is {value}; it must be at least {least}")
-    if args.output.suffix.lower() != ".png":
-        raise UserError(f"--output {args.output} must end in .png: the settings are stored in the file as PNG metadata")
-    if args.output.is_dir():
-        raise UserError(f"--output {args.output} is a folder; name a file in it")
-    settings.check_source_stays(args.image, outputs(args.output, args.num_images))
+    paths = outputs(args.output, args.num_images)
+    for path in paths:
+        cli.check_png("--output", path)
+    settings.check_source_stays(args.image, paths)
     if args.preview and args.preview.exists() and (not args.preview.is_dir() or any(args.preview.iterdir())):
         raise UserError(f"--preview {args.preview} is not an empty folder; choose another")
-    cli.check_writable("--output", args.output.parent)
     if args.preview:
         cli.check_writable("--preview", args.preview)
-    return Job(config, image, width, height)
+    return Job(config, image, width, height, said)
 
 
 def outputs(output: Path, count: int) -> list[Path]:
@@ -113,6 +114,8 @@ def settings_of(args: argparse.Namespace, job: Job) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     job = check(args)
+    if job.unread:
+        print(job.unread, file=sys.stderr)
     from dreamlite_jax import load_model, pictures
 
     model = load_model(args.model)

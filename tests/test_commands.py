@@ -29,7 +29,8 @@ def prepared(tmp_path_factory):
     Image.new("RGB", (1, 1), "red").save(root / "dot.png")
     (root / "broken.png").write_bytes((root / "red.png").read_bytes()[:40])
     (root / "file").write_text("a file")
-    (root / "used").mkdir()
+    for name in ("folder.png", "many_02.png", "used"):
+        (root / name).mkdir()
     (root / "used" / "mine.txt").write_text("mine")
     return root
 
@@ -84,12 +85,18 @@ def refused(capsys, main, argv) -> str:
         ("sample", {"--height": "0"}, "height 0 is not a positive multiple of 4"),
         ("sample", {"--width": "wide"}, "--width: invalid int value: 'wide'"),
         ("sample", {"--prompt": " "}, "prompt is empty"),
+        ("sample", {"--prompt": "na\udcefve"}, r"prompt is 'na\\udcefve'; its character 3 is no text"),
+        ("sample", {"--prompt": "\u200b"}, r"prompt is '\\u200b', of which nothing can be seen"),
+        ("sample", {"--prompt": "🦋"}, "the text encoder knows none of the prompt's words: '🦋'"),
         ("sample", {"--promt": "a cat"}, "--promt is not an argument; did you mean '--prompt'"),
         ("sample", {"--image": "nowhere.png"}, "nowhere.png: no such file"),
         ("sample", {"--image": "broken.png"}, "broken.png cannot be read as a picture"),
         ("sample", {"--image": "dot.png"}, "dot.png is 1x1 pixels; each side must be at least 8"),
         ("sample", {"--output": "out.jpg"}, "--output out.jpg must end in .png"),
         ("sample", {"--output": "used"}, "--output used must end in .png"),
+        ("sample", {"--output": "folder.png"}, "--output folder.png is a folder; name a file in it"),
+        ("sample", {"--output": "many.png", "--num_images": "3"}, "--output many_02.png is a folder"),
+        ("sample", {"--output": "x" * 251 + ".png"}, "this name is longer than the file system takes"),
         ("sample", {"--output": "file/out.png"}, "--output .*file cannot be made: .*file is a file"),
         ("sample", {"--preview": "used"}, "--preview used is not an empty folder"),
         ("sample", {"--preview": "file/previews"}, "--preview .* is a file"),
@@ -156,6 +163,14 @@ def test_sample_writes_pictures_with_their_settings(root, monkeypatch, capsys):
     assert {key: settings[key] for key in expected} == expected
     again = LOADING("model").generate(["a cat"], steps=3, seeds=[5])
     assert np.abs(np.asarray(Image.open("made/cat_01.png")).astype(int) - pictures.to_uint8(again[0])).max() <= 1
+
+
+def test_sample_says_what_it_cannot_read_and_draws_the_rest(root, monkeypatch, capsys):
+    monkeypatch.setattr(dreamlite_jax, "load_model", LOADING)
+    assert sample.main(["--model", "model", "--prompt", "a 🦋 on a hill", "--output", "read.png", "--steps", "1"]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("the text encoder does not know '🦋', so the picture is drawn without")
+    assert said.count("🦋") == 1
 
 
 def test_sample_edits_any_readable_picture(root, monkeypatch):

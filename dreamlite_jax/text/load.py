@@ -1,5 +1,6 @@
 """The prompt encoder that a config names."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dreamlite_jax.config import TextConfig
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.tensor_files import sha256_of
 from dreamlite_jax.text.encoder import PromptEncoder
+from dreamlite_jax.text.tokenizers import MiniLMTokenizer
 
 
 def load_encoder(
@@ -61,6 +63,16 @@ def encoder_sha256(config: TextConfig, directory: str | Path = ".") -> str:
     from dreamlite_jax.models.minilm import weights_sha256
 
     return weights_sha256()
+
+
+def unread(config: TextConfig, prompt: str) -> str:
+    """What the encoder of a config cannot read of a prompt, see `words.unread`; the encoder is not loaded for it."""
+    return "" if config.encoder == "qwen3_vl" else _minilm_tokenizer().unread(prompt)  # Qwen's tokenizer reads bytes
+
+
+@functools.cache
+def _minilm_tokenizer() -> MiniLMTokenizer:
+    return MiniLMTokenizer()
 
 
 def buckets_up_to(longest: int, usual: Sequence[int]) -> tuple[int, ...]:

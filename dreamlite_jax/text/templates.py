@@ -4,12 +4,14 @@ All of it is part of the released weights' contract (diffusers `pipelines/dreaml
 that was trained with these words has to be asked with them. Both encoders use the same user text.
 """
 
+import unicodedata
 from typing import Literal, NamedTuple, get_args
 
 from dreamlite_jax.errors import UserError
 
 Task = Literal["generate", "edit", "null"]
 TASKS: tuple[str, ...] = get_args(Task)
+BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers and the blank of Braille: letters that show nothing
 
 GENERATE_TAG = "[Generate]: "
 EDIT_TAG = (
@@ -25,18 +27,39 @@ def clean_prompt(task: str, prompt: object) -> str:
     tokens than the weights know.
 
     Raises:
-        UserError: unknown task; a prompt that is no text; no words to generate or edit by; words in a null prompt.
+        UserError: unknown task; a prompt that is no text, or has a character that none is; no words to generate or edit
+            by, or none that can be seen; words in a null prompt.
     """
     if task not in TASKS:
         raise UserError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
     if not isinstance(prompt, str):
         raise UserError(f"prompt is {prompt!r}, a {type(prompt).__name__}; it must be text")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"prompt is {_start(prompt)}; its character {error.start + 1} is no text: a byte that is not UTF-8, or "
+            "half of a surrogate pair"
+        ) from None
+    if "\0" in prompt:
+        raise UserError(f"prompt is {_start(prompt)}; its character {prompt.index(chr(0)) + 1} is NUL; leave that out")
     prompt = prompt.strip()
     if task == "null" and prompt:
         raise UserError(f"prompt is {prompt!r}; a null prompt is the empty string")
     if task != "null" and not prompt:
         raise UserError(f"prompt is empty; task {task} needs words (the unconditional prompt has task null)")
+    if prompt and not any(map(_is_visible, prompt)):
+        raise UserError(f"prompt is {prompt[:40]!a}, of which nothing can be seen; task {task} needs words")
     return prompt
+
+
+def _is_visible(character: str) -> bool:
+    return unicodedata.category(character)[0] in "LNPS" and character not in BLANK_LETTERS
+
+
+def _start(prompt: str) -> str:
+    """The beginning of a prompt, printable whatever is in it."""
+    return repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
 
 
 def user_text(task: Task, prompt: str) -> str:

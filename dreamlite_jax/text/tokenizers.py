@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tokenizers
 from jaxtyping import Float, Int
 
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.minilm import minilm_file
+from dreamlite_jax.text import words
+from dreamlite_jax.text.words import open_tokenizer
 
 
 class TokenBatch(NamedTuple):
@@ -17,23 +18,6 @@ class TokenBatch(NamedTuple):
 
     token_ids: Int[np.ndarray, "b s"]
     mask: Float[np.ndarray, "b s"]
-
-
-def open_tokenizer(path: str | Path, owner: str) -> tokenizers.Tokenizer:
-    """The tokenizer.json at `path`, which neither cuts nor pads: the length is the encoder's business.
-
-    Raises:
-      UserError: no such file (`owner` says whose it would be), or not a tokenizer.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist; it is the tokenizer of {owner}")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 class MiniLMTokenizer:
@@ -56,6 +40,10 @@ class MiniLMTokenizer:
     def vocab_size(self) -> int:
         """The number of tokens, which must not be above the rows of the encoder's embedding."""
         return self._tokenizer.get_vocab_size()
+
+    def unread(self, prompt: str) -> str:
+        """See `words.unread`."""
+        return words.unread(self._tokenizer, prompt)
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, [CLS] and [SEP] included, neither cut nor padded. The empty text has two."""

@@ -128,6 +128,9 @@ def test_branches_combine_as_in_the_sampler(count):
     "options, named",
     [
         (dict(prompt=" "), "prompt is empty"),
+        (dict(prompt="\ud83d"), "its character 1 is no text"),
+        (dict(prompt="\u2060"), "nothing can be seen"),
+        (dict(prompt="🦋"), "knows none of the prompt's words: '🦋'"),
         (dict(prompt="word " * 60), "the limit is 48"),
         (dict(prompt="x", seed=-1), "seed"),
         (dict(prompt="x", steps=0), "steps"),
@@ -181,6 +184,40 @@ def test_every_door_bounds_the_threads(litert_model, small_model, monkeypatch, t
         onnx.export(graph.build("vae_decoder", config, params, Sizes(32, 32, 48)), tmp_path / "x.onnx")
         given.append(onnx_session.open_session(tmp_path / "x.onnx", 77777).get_session_options().intra_op_num_threads)
     assert given and set(given) == {1}
+
+
+def test_words_without_a_token_are_reported(litert_model):
+    lines = []
+    drawn = Runtime(litert_model, threads=1).generate("a 🦋 on a hill", steps=1, report=lines.append)
+    assert lines[0].startswith("the text encoder does not know '🦋'") and np.isfinite(drawn).all()
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [("folder.png", "is a folder; name a file in it"), ("out.jpg", "must end in .png"), ("file/out.png", "is a file")],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything(tmp_path, output, says):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=says):  # and not that there is no such model
+        runtime.main(["--model", str(tmp_path / "none"), "--prompt", "a cat", "--output", str(tmp_path / output)])
+
+
+@pytest.mark.parametrize("component", ["text", "vae_encoder", "unet", "vae_decoder"])
+def test_numbers_that_are_none_draw_nothing(litert_model, monkeypatch, component):
+    load = runtime.load_component
+
+    def broken(folder, manifest, name, threads):
+        run = load(folder, manifest, name, threads)
+        return run if name != component else lambda **inputs: run(**inputs) / np.float32(0)
+
+    monkeypatch.setattr(runtime, "load_component", broken)
+    begins = {"text": "the prompt's states", "vae_encoder": "the source's latents",
+              "unet": "the latents after step 1 of 2", "vae_decoder": "the picture"}  # fmt: skip
+    image = np.zeros((32, 32, 3), np.float32)
+    with np.errstate(all="ignore"), pytest.raises(UserError) as error:
+        Runtime(litert_model, threads=1).generate(PROMPT, image, steps=2)
+    assert str(error.value).startswith(f"{begins[component]}: ") and f"{component}.tflite" in str(error.value)
 
 
 def test_folders_that_are_not_converted_models(litert_model, small_model, tmp_path):
