@@ -40,6 +40,7 @@ FORMAT_VERSION = 1
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")  # of a low-rank adapter's folder
 MANIFEST = "model.json"
 FROM_TORCH = "conversion.from_torch"  # the command in the provenance of released weights
+CHECKPOINTS = "checkpoints"  # in the workdir of a training run, a folder each step
 Component = Literal["unet", "vae"]
 COMPONENTS: tuple[Component, ...] = ("unet", "vae")
 Tree = Mapping[str, Any]  # nested parameters of one module, without the "params" level
@@ -235,6 +236,8 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
         hint = ""
         if (directory / "model_index.json").is_file() or (directory / "unet" / "config.json").is_file():
             hint = "; it is a diffusers folder: python -m conversion.from_torch makes a model folder of it"
+        if (directory / CHECKPOINTS).is_dir():
+            raise UserError(f"{directory} is a training run that has not exported a model yet, {_state_of(directory)}")
         raise UserError(f"{directory} is not a model folder: it lacks {', '.join(missing)}{hint}")
     path = directory / MANIFEST
     try:
@@ -242,6 +245,17 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     return check_version(manifest, str(path))
+
+
+def _state_of(workdir: Path) -> str:
+    """What a run has instead of a model, and how it comes by one."""
+    steps = sorted(int(path.name) for path in (workdir / CHECKPOINTS).iterdir() if path.name.isdigit())
+    numbers = ", ".join(map(str, steps))
+    found = f"checkpoints of step{'s' * (len(steps) > 1)} {numbers}" if steps else "no checkpoint"
+    return (
+        f"with {found}: the command that trains it goes on from there and exports at its last step, "
+        "--config.steps=N earlier"
+    )
 
 
 def check_version(manifest: Any, where: str) -> dict[str, Any]:

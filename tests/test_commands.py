@@ -1,5 +1,6 @@
 """Command lines: bad input gives exit code 2 and one line that names it, and leaves nothing; good input works."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from PIL import Image
 import dreamlite_jax
 from dreamlite_jax import cli, evaluate, pictures, precompute, sample, train
 from dreamlite_jax.data.sprites import __main__ as sprites
+from dreamlite_jax.errors import UserError
 from dreamlite_jax.text import load
 
 LOADING = dreamlite_jax.load_model
@@ -104,6 +106,8 @@ def refused(capsys, main, argv) -> str:
         ("sample", {"--model": "nowhere"}, "model folder nowhere does not exist"),
         ("sample", {"--steps": "0"}, "--steps is 0; it must be at least 1"),
         ("sample", {"--num_images": "0"}, "--num_images is 0"),
+        ("sample", {"--batch_size": "0"}, "--batch_size is 0; it must be at least 1"),
+        ("sample", {"--seed": "4294967290", "--num_images": "7"}, "the last seed must be at most 4294967295"),
         ("sample", {"--seed": "-1"}, "--seed is -1"),
         ("evaluate", {"--output": "used"}, "--output used is not an empty folder"),
         ("evaluate", {"--output": "file"}, "--output file is not an empty folder"),
@@ -171,6 +175,52 @@ def test_sample_says_what_it_cannot_read_and_draws_the_rest(root, monkeypatch, c
     said = capsys.readouterr().err
     assert said.startswith("the text encoder does not know '🦋', so the picture is drawn without")
     assert said.count("🦋") == 1
+
+
+def test_sample_writes_each_batch_as_it_is_drawn(root, monkeypatch, capsys):
+    """Stopped in the third batch of a hundred and one pictures, two batches are there, numbered for all of them."""
+    monkeypatch.setattr(dreamlite_jax, "load_model", LOADING)
+    draw, batches = dreamlite_jax.model.Model._draw, []
+
+    def limited(self, *args):
+        batches.append(1)
+        if len(batches) == 3:
+            raise MemoryError
+        return draw(self, *args)
+
+    monkeypatch.setattr(dreamlite_jax.model.Model, "_draw", limited)
+    monkeypatch.setattr(sample.Tally, "interval_s", 0.0)
+    argv = ["--model", "model", "--prompt", "a cat", "--output", "lot/cat.png", "--steps", "1", "--num_images", "101"]
+    with pytest.raises(
+        UserError, match=r"not enough memory for 3 pictures at a time of 16x16 pixels .*lower batch_size"
+    ):
+        sample.main([*argv, "--batch_size", "3", "--preview", "lot/steps"])
+    said = capsys.readouterr()
+    assert said.out.split() == sorted(f"lot/{p.name}" for p in (root / "lot").glob("*.png"))
+    assert said.out.split() == [f"lot/cat_{i:03d}.png" for i in range(6)]
+    assert re.findall(r"^(\d+ of 101 images, about \d+ min \d\d s left)$", said.err, re.M)
+    with Image.open("lot/cat_005.png") as image:
+        assert json.loads(image.text["dreamlite_jax"])["seed"] == 5
+    with Image.open("lot/steps/step_00.png") as image:
+        assert image.size == (48, 16) and json.loads(image.text["dreamlite_jax"])["seeds"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0 min 00 s"), (59.6, "1 min 00 s"), (3599, "59 min 59 s"),
+                                               (3900, "1 h 05 min"), (360_000, "100 h 00 min")])  # fmt: skip
+def test_durations(seconds, said):
+    assert sample.duration(seconds) == said
+
+
+def test_the_bar_counts_all_batches_and_says_what_is_left(monkeypatch):
+    stream, now = io.StringIO(), iter([0.0, 5.0, 10.0, 100.0])
+    monkeypatch.setattr(sample.time, "monotonic", lambda: next(now))
+    bar = sample.StepBar(stream)
+    for step in range(1, 5):
+        bar(step, 4)
+    shown = stream.getvalue().split("\r")[1:]
+    assert "step 1/4" in shown[0] and "left" not in shown[0]
+    assert "step 2/4, 0 min 15 s left" in shown[1] and "step 3/4, 0 min 10 s left" in shown[2]
+    assert shown[3].endswith("\n") and not bar.shown
 
 
 def test_sample_edits_any_readable_picture(root, monkeypatch):

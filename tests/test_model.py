@@ -346,12 +346,12 @@ def test_too_little_memory_is_one_line(m, monkeypatch, error):
 
     monkeypatch.setattr(m, "_sample", fail)
     says = (
-        r"not enough memory for 2 pictures at a time of 32x16 pixels \(the model was trained for 16x16\); lower batch_size, "
-        "or width and height"
+        r"not enough memory for 2 pictures at a time of 32x16 pixels \(the model was trained for 16x16\); "
+        "lower batch_size, or width and height"
     )
     with pytest.raises(UserError, match=says):
         m.generate(PROMPTS, width=32, batch_size=2)
-    with pytest.raises(UserError, match="memory for a picture of 32x16 pixels .*; lower width and height$"):
+    with pytest.raises(UserError, match=r"memory for a picture of 32x16 pixels .*; lower width and height$"):
         m.generate(PROMPTS[:1], width=32)
     monkeypatch.setattr(m, "_sample", lambda *a, **k: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: x")))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: x"):  # a defect stays one
@@ -382,7 +382,7 @@ def test_states_that_are_no_numbers_draw_nothing(folder, monkeypatch):
     fresh = dreamlite_jax.load_model(folder)
     fresh.encoder = tiny.WordEncoder()
     monkeypatch.setattr(fresh.encoder, "state", lambda word: np.full(tiny.TEXT_DIM, np.nan, np.float32))
-    with pytest.raises(UserError, match="the text encoder's answer: .* no finite numbers"):
+    with pytest.raises(UserError, match=r"the text encoder's answer: .* no finite numbers"):
         fresh.generate(PROMPTS[:1])
 
 
@@ -399,6 +399,18 @@ def test_a_workdir_is_as_good_as_its_model(folder, tmp_path):
     tiny_workdir.mkdir()
     (tiny_workdir / "model").symlink_to(folder)
     assert dreamlite_jax.load_model(tiny_workdir).config == tiny.CONFIG
+
+
+@pytest.mark.parametrize(("steps", "says"), [((4,), "of step 4"), ((100, 20, 3), "of steps 3, 20, 100"), ((), None)])
+def test_a_run_that_has_not_exported_says_what_it_has(tmp_path, steps, says):
+    for name in (*map(str, steps), "damaged", "8.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    says = f"checkpoints {says}" if says else "no checkpoint"
+    for load in (dreamlite_jax.load_model, model.load_config):
+        with pytest.raises(
+            UserError, match=f"is a training run that has not exported a model yet, with {says}: the comm"
+        ):
+            load(tmp_path)
 
 
 def test_what_is_no_model_is_refused(folder, tmp_path):
