@@ -59,9 +59,9 @@ def prompts_and_seeds(prompts: Any, seeds: Any) -> tuple[list[Any], list[int]]:
     if _is_number(seeds) and len(prompts) == 1:
         seeds = [seeds]
     seeds = list(range(len(prompts))) if seeds is None else many("seeds", seeds, "whole numbers, one for each prompt")
-    if alone:
+    if alone and seeds:
         prompts = prompts * len(seeds)
-    if len(seeds) != len(prompts) or not seeds:
+    if len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts; each image needs its own")
     return prompts, [whole(f"seeds[{i}]", seed, 0, 2**32 - 1) for i, seed in enumerate(seeds)]
 

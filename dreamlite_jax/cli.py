@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -106,6 +107,8 @@ def run(main: Callable[[], int | None]) -> None:
 
     Any other exception keeps its traceback: it is a defect of ours or of the machine, and hiding it helps nobody.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths are bytes, and are printed as they were given
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         code = main()
     except UserError as error:

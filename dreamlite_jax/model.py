@@ -56,7 +56,9 @@ class Model:
         mesh = sharding.make_mesh(MeshConfig())
         self._devices = mesh.devices.size
         self._batch, self._replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        self._params = jax.device_put(params, self._replicated)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        with _allocating(f"the model's {size / 1e9:.1f} GB of weights"):
+            self._params = jax.block_until_ready(jax.device_put(params, self._replicated))
         self._velocity = jax.jit(self._apply_unet)
         self._encode = jax.jit(lambda p, x: self._vae.apply({"params": p}, x, method="encode"))
         self._decode = jax.jit(lambda p, z: self._vae.apply({"params": p}, z, method="decode"))
@@ -185,7 +187,7 @@ class Model:
                 def report(step: int, of: int) -> None:
                     progress(start // size * of + step, -(-count // size) * of)  # noqa: B023 (called before the next)
 
-                with self._allocating(size, width, height):
+                with _allocating(self._too_large(size, width, height)):
                     noise = (
                         latents[rows] if latents is not None else self._noise([seeds[i] for i in rows], width, height)
                     )
@@ -214,21 +216,12 @@ class Model:
         images = _check_finite("the decoded picture", self.decode_latents(final))
         return Generated(np.clip(images, -1, 1), final, trajectory)
 
-    @contextlib.contextmanager
-    def _allocating(self, count: int, width: int, height: int) -> Iterator[None]:
-        """Answers for memory that there is not while a batch is drawn."""
-        try:
-            yield
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if not isinstance(error, MemoryError) and not any(said in str(error) for said in NO_MEMORY):
-                raise
-            asked = f"{count} pictures at a time of" if count > 1 else "a picture of"
-            lower = "batch_size, or width and height" if count > 1 else "width and height"
-            native = self.config.native_size
-            raise UserError(
-                f"there is not enough memory for {asked} {width}x{height} pixels (the model was trained for "
-                f"{native}x{native}); lower {lower}"
-            ) from error
+    def _too_large(self, count: int, width: int, height: int) -> str:
+        """What is said of a batch that there is not the memory for."""
+        asked = f"{count} pictures at a time of" if count > 1 else "a picture of"
+        lower = "batch_size, or width and height" if count > 1 else "width and height"
+        native = self.config.native_size
+        return f"{asked} {width}x{height} pixels (the model was trained for {native}x{native}); lower {lower}"
 
     def _size(self, width: int | None, height: int | None, sources: Sequence[Image.Image | None]) -> tuple[int, int]:
         """The one size of a batch."""
@@ -322,6 +315,17 @@ class Model:
             return function(params, x)
         parts = [np.asarray(function(params, self._place(x[i : i + size]))) for i in range(0, len(x), size)]
         return np.concatenate(parts)
+
+
+@contextlib.contextmanager
+def _allocating(what: str) -> Iterator[None]:
+    """Answers for memory that is not there, of the host or a device; other failures stay as they are."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or any(said in str(error) for said in NO_MEMORY):
+            raise UserError(f"there is not enough memory for {what}") from error
+        raise
 
 
 def _on_host(array: jax.Array) -> np.ndarray | jax.Array:

@@ -257,3 +257,9 @@ def test_a_command_exits_with_2_and_no_traceback(prepared):
     done = subprocess.run([*command, "--output", str(prepared / "x.jpg")], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: --output") and len(done.stderr.splitlines()) == 1
+
+
+def test_paths_that_are_no_text_are_printed_as_they_were_given():
+    code = "from dreamlite_jax import cli; cli.run(lambda: print('caf\\udce9.png'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"caf\xe9.png\n", b"")
