@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Studio:
         """(pictures made, what was predicted at each step for the first), each as (path, caption).
 
         Numbers come from sliders and boxes, which give floats, or None when emptied. `source` is the file of an upload,
-        called by its name alone; `say` is told what is assumed of it.
+        called by its name alone; `say` is told what is assumed of it, and which words the model cannot read.
 
         Raises:
           UserError: whatever `Model.run` refuses; an edit without a source; an emptied number box.
@@ -82,6 +83,12 @@ class Studio:
             if not source:
                 raise UserError("there is no picture to edit; choose one first")
             picture = pictures.read_picture(source, say, name=Path(source).name)
+        from dreamlite_jax.text.load import unread  # with JAX, which comes with the model
+        from dreamlite_jax.text.templates import clean_prompt
+
+        said = unread(self.model.config.text, clean_prompt("edit" if editing else "generate", prompt))
+        if said and say:
+            say(said)
         seeds = [int(seed) + i for i in range(int(count))]
         chosen = {
             "steps": int(steps), "guidance_scale": float(guidance_scale),
@@ -285,8 +292,10 @@ def temporary_folder() -> Iterator[Path]:
 def serve(args: argparse.Namespace, folder: Path) -> None:
     """Serves the page until it is interrupted."""
     from dreamlite_jax import load_model
+    from dreamlite_jax.text.words import UnreadWords
 
     model = load_model(args.model)
+    warnings.simplefilter("ignore", UnreadWords)  # the page says it
     import gradio as gr
 
     studio = Studio(model, args.model.name or str(args.model), folder / "made")

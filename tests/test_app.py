@@ -93,6 +93,13 @@ def test_pictures_have_their_seeds_and_settings(model, tmp_path):
     assert again[0][0] != made[0][0] and Path(made[0][0]).is_file()  # earlier pictures stay
 
 
+@pytest.mark.filterwarnings("ignore::dreamlite_jax.text.words.UnreadWords")
+def test_words_that_cannot_be_read_are_said(model, tmp_path):
+    notes, studio = [], app.Studio(model, "tiny", tmp_path)
+    made, _ = studio.run("a 🦋 or 蝶", None, 16, 16, 1, 2.0, 1.5, 0, 1, editing=False, say=notes.append)
+    assert len(made) == 1 and len(notes) == 1 and notes[0].startswith("the text encoder does not know '🦋', '蝶', so")
+
+
 def test_an_edit_takes_the_picture(model, tmp_path, source):
     recording = Recording(model)
     made, _ = app.Studio(recording, "tiny", tmp_path).run(
@@ -122,6 +129,9 @@ def test_bad_input_is_refused(model, tmp_path):
         studio.run("a cat", None, 16, 16, 1, 2.0, 1.5, None, 1, editing=False)
     with pytest.raises(UserError, match="prompt is empty"):
         studio.run("", None, 16, 16, 1, 2.0, 1.5, 0, 1, editing=False)
+    for prompt, says in (("🦋", "knows none of the prompt's words: '🦋'"), ("\u200b", "nothing can be seen")):
+        with pytest.raises(UserError, match=says):
+            studio.run(prompt, None, 16, 16, 1, 2.0, 1.5, 0, 1, editing=False)
     with pytest.raises(UserError, match="--port is 0"):
         app.main(["--model", "model", "--port", "0"])
 

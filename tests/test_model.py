@@ -314,7 +314,7 @@ def test_pictures_are_drawn_in_batches(m, unet_batches):
     joined = m.run(prompts, batch_size=2, **options)
     for i, name in enumerate(Generated._fields):
         parts = [batch[i] for batch in batches]
-        assert np.array_equal(getattr(joined, name), np.concatenate(parts, axis=name == "trajectory"))
+        assert np.array_equal(getattr(joined, name), np.concatenate(parts, axis=int(name == "trajectory")))
     together = m.run(prompts, **options)
     np.testing.assert_allclose(joined.images, together.images, atol=1e-5)
     assert np.array_equal(pictures.to_uint8(joined.images), pictures.to_uint8(together.images))
@@ -326,10 +326,9 @@ def test_pictures_are_drawn_in_batches(m, unet_batches):
 def test_how_many_are_drawn_at_a_time(m, monkeypatch):
     assert m.usual_batch_size(1024, 1024) == m.usual_batch_size(2048, 1024) == 8  # devices
     assert m.usual_batch_size(512, 512) == 8 * 4 and m.usual_batch_size(16, 16) == 8 * 64
-    monkeypatch.setattr(model, "BATCH_PIXELS", 2 * 16 * 16)
-    monkeypatch.setattr(m, "_devices", 1)
-    sizes = [len(batch.images) for batch in m.batches("a cat", seeds=range(5), steps=1)]
-    assert sizes == [2, 2, 1]
+    monkeypatch.setattr(model, "BATCH_PIXELS", 1)
+    sizes = [len(batch.images) for batch in m.batches("a cat", seeds=range(11), steps=1)]
+    assert sizes == [8, 3]
 
 
 @pytest.mark.parametrize(
