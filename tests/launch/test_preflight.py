@@ -101,12 +101,11 @@ def test_hosts_side_by_side_try_one_workdir(tmp_path, monkeypatch, made):
 
 
 def test_data_that_are_not_numbers(preflight):
-    path = latents.shard_path(preflight.root / "latents", 0, 1)
+    """They cannot be written any more, so no start can read them."""
     states, picture = np.ones((4, 24)), np.full((16, 16, 16), np.nan)
-    items = [latents.Example(f"{i}", "generate", "x", picture, None, None, states, (128, 128)) for i in range(8)]
-    latents.write_shard(path, iter(items))
-    code, verdicts, said = preflight()
-    assert code == 1 and verdicts["batch"] == "FAILED" and "target of the first batch" in said
+    bad = latents.Example("0", "generate", "x", picture, None, None, states, (128, 128))
+    with pytest.raises(UserError, match="4096 NaN"):
+        latents.write_shard(latents.shard_path(preflight.root / "latents", 0, 1), iter([bad]))
 
 
 def test_a_typo_in_the_config_is_bad_input(preflight):
