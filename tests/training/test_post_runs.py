@@ -64,10 +64,10 @@ def test_killed_it_ends_with_the_same_bits(run_root, stage, config, undisturbed)
     assert rows(workdir) == rows(undisturbed) and len(rows(workdir)) == 5
     assert weights(workdir) == weights(undisturbed)
     one, other = fingerprint(undisturbed, 5), fingerprint(workdir, 5)
-    own = {"refl": {"start", "vae"}, "dmd2": {"fake", "fake_opt_state", "teacher"}}[stage]
+    own = {"refl": {"start", "vae", "rewards"}, "dmd2": {"fake", "fake_opt_state", "teacher"}}[stage]
     assert one == other and {"params", "ema", "opt_state", "step", *own} <= one.keys()
     before = fingerprint(undisturbed, 4)
-    still = {"refl": {"start", "vae"}, "dmd2": {"teacher"}}[stage]
+    still = {"refl": {"start", "vae", "rewards"}, "dmd2": {"teacher"}}[stage]
     assert {name for name in one if one[name] and one[name] == before[name]} == still  # all else goes on learning
 
 
