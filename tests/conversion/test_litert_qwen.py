@@ -51,7 +51,7 @@ def test_words_become_the_same_states(converted, jax_model, words):
     found, bias = runtime.encode_prompt("generate", prompt)
     count = int(mask.sum())
     assert (bias == 0).sum() == count and (count == 200) == (words == 192)
-    assert np.abs(found[0, :count]).max() > 0.1
+    assert np.abs(found[0, :count]).max() > 0.02  # no norm has scaled them
     assert np.abs(found[0, :count] - states[0, :count]).max() <= 2e-5 * np.abs(found).max()
     assert found.shape[1] == LENGTH and not found[0, count:].any()
     with pytest.raises(UserError, match="the limit is 200"):

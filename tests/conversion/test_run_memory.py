@@ -18,6 +18,7 @@ from dreamlite_jax.config import ModelConfig, TextConfig, UNetConfig
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc, on Linux")
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 0.15
+LIBRARY_PAGES = 4e6  # of the library's own 12.6 MB, how much is in memory differs from run to run
 RECIPES = ("fp32", "fp16", "int8_dynamic", "int8_static", "int4_weights")
 MEASURE = """
 import gc, json, sys, numpy
@@ -58,7 +59,7 @@ def quantized(source: Path, component: str, recipe: str) -> Path:
 def checked(path: Path, recipe: str) -> None:
     predicted, seen = audit.run_memory(path), seen_bytes(path)
     print(f"{recipe} {path.name}: predicted {predicted.total / 1e6:.1f} MB, seen {seen / 1e6:.1f} MB")
-    assert abs(predicted.total / seen - 1) <= TOLERANCE
+    assert abs(predicted.total - seen) <= TOLERANCE * seen + LIBRARY_PAGES
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from dreamlite_jax import train
 from dreamlite_jax.assets import SPRITES_VAE
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.data import latents
+from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import load_vae
 
 ROOT = Path(__file__).parents[2]

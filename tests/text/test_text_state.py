@@ -65,8 +65,8 @@ def test_the_pipeline_itself_under_two_versions_of_transformers(version, meant, 
 def test_qwen_has_a_state_and_minilm_none():
     assert TEXT.state == "before_norm"  # what the released weights read
     assert TextConfig().state is None
-    with pytest.raises(UserError, match=r"text\.state is 'after_norm', but text.encoder minilm has one state alone"):
-        TextConfig(state="after_norm")
+    with pytest.raises(UserError, match=r"text\.state is 'after_norm', but the encoder minilm has one state alone"):
+        from_dict(TextConfig, {"state": "after_norm"}, "text")
     with pytest.raises(UserError, match=r"text\.state is 'normed'; it must be one of 'before_norm', 'after_norm'"):
         from_dict(TextConfig, {"encoder": "qwen3_vl", "state": "normed"}, "text")
 

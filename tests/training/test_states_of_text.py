@@ -83,11 +83,11 @@ def test_a_checkpoint_of_the_other_state_is_refused(root, tmp_path):
     now, older = (json.loads(json.dumps(to_dict(config_of(root, text)))) for text in (QWEN, AFTER))
     minilm = json.loads(json.dumps(to_dict(config_of(root, TextConfig()))))
     with pytest.raises(UserError, match=r"checkpoint of another architecture: .*model\.text\.state"):
-        checkpoint._compare(tmp_path, 1, older, now, False)
+        checkpoint._compare(tmp_path, 1, older, now)
     for config in (older, minilm):  # what a version without the field stored
         stored = json.loads(json.dumps(config))
         del stored["model"]["text"]["state"]
-        checkpoint._compare(tmp_path, 1, stored, config, False)
+        checkpoint._compare(tmp_path, 1, stored, config)
     del older["model"]["text"]["state"]
     with pytest.raises(UserError, match=r"another architecture: .*model\.text\.state"):
-        checkpoint._compare(tmp_path, 1, older, now, False)
+        checkpoint._compare(tmp_path, 1, older, now)
