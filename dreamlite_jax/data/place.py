@@ -71,8 +71,10 @@ def digest(files: Sequence[Path], contents: Sequence[bytes | None]) -> str:
 
 def alike(a: str, b: str) -> bool:
     """Whether two digests are of the same data. A record that could not be read makes no others of them."""
-    pairs = zip(a.split(), b.split(), strict=False)
-    return len(a) == len(b) and all(x == y or UNREADABLE in (x, y) for x, y in pairs)
+    ours, theirs = a.split(), b.split()
+    if len(ours) != len(theirs):
+        return False
+    return all(x == y or UNREADABLE in (x, y) for x, y in zip(ours, theirs, strict=True))
 
 
 def changes(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:

@@ -101,12 +101,19 @@ def test_hosts_side_by_side_try_one_workdir(tmp_path, monkeypatch, made):
     assert list(workdir.iterdir()) == []
 
 
-def test_data_that_are_not_numbers(preflight):
-    """They cannot be written any more, so no start can read them."""
+def test_data_that_are_not_numbers(preflight, monkeypatch):
+    """A folder of a version that wrote them; this one refuses to."""
+    path = latents.shard_path(preflight.root / "latents", 0, 1)
     states, picture = np.ones((4, 24)), np.full((16, 16, 16), np.nan)
-    bad = latents.Example("0", "generate", "x", picture, None, None, states, (128, 128))
-    with pytest.raises(UserError, match="4096 NaN"):
-        latents.write_shard(latents.shard_path(preflight.root / "latents", 0, 1), iter([bad]))
+    items = [latents.Example(f"{i}", "generate", "x", picture, None, None, states, (128, 128)) for i in range(8)]
+    with pytest.raises(UserError, match="latents of the target hold 4096 NaN"):
+        latents.write_shard(path, iter(items))
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(latents, "check_range", lambda *_: None)
+        latents.write_shard(path, iter(items))
+    code, verdicts, said = preflight()
+    assert code == 1 and (verdicts["data"], verdicts["batch"]) == ("FAILED", "left_out")
+    assert "record 0 (0): latents of the target hold 4096 NaN" in said
 
 
 def test_a_typo_in_the_config_is_bad_input(preflight):
