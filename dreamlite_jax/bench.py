@@ -17,10 +17,11 @@ import numpy as np
 from PIL import Image
 
 from dreamlite_jax import cli
+from dreamlite_jax.data.config import BucketConfig, DataConfig, SourceConfig
 from dreamlite_jax.data.forms import Images
 from dreamlite_jax.data.mixture import raw_batches
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import BucketConfig, DataConfig, SourceConfig, load_config
+from dreamlite_jax.training.config import load_config
 
 SIZE, QUALITY = 256, 92
 

@@ -20,12 +20,12 @@ from dreamlite_jax.diffusion import flow, guidance, sampler
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.unet import UNet
 from dreamlite_jax.models.vae import VAE
+from dreamlite_jax.parallel import sharding
+from dreamlite_jax.parallel.config import MeshConfig
 from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest, PromptStates
 from dreamlite_jax.text.load import unread
 from dreamlite_jax.text.templates import clean_prompt
 from dreamlite_jax.text.words import UnreadWords
-from dreamlite_jax.training import sharding
-from dreamlite_jax.training.config import MeshConfig
 
 
 class Generated(NamedTuple):

@@ -72,7 +72,7 @@ def prepare_workdir(workdir: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args, config = parse(sys.argv[1:] if argv is None else argv)
     check_workdir(args.workdir)
-    from dreamlite_jax.training import distributed
+    from dreamlite_jax.parallel import distributed
 
     distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     from dreamlite_jax.training.build import build

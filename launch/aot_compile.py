@@ -158,7 +158,7 @@ def compile_step(config: TrainConfig, devices: list, size: tuple[int, int], dump
     """
     import jax
 
-    from dreamlite_jax.training import sharding
+    from dreamlite_jax.parallel import sharding
     from dreamlite_jax.training.build import build
     from dreamlite_jax.training.loop import check_batch
 

@@ -54,7 +54,7 @@ def devices(config: TrainConfig) -> tuple[str, Any]:
     """The mesh over all devices of the run."""
     import jax
 
-    from dreamlite_jax.training import sharding
+    from dreamlite_jax.parallel import sharding
     from dreamlite_jax.training.loop import check_batch, describe
 
     mesh = sharding.make_mesh(config.mesh)
@@ -111,7 +111,7 @@ def step(config: TrainConfig, mesh: Any, run: Any, values: dict[str, Any]) -> tu
     """One step from a fresh state, compiled as the loop compiles it."""
     import jax
 
-    from dreamlite_jax.training import sharding
+    from dreamlite_jax.parallel import sharding
 
     with jax.set_mesh(mesh):
         placement = sharding.state_sharding(mesh, run.stage.state_shapes())
@@ -149,7 +149,7 @@ def preflight(args: argparse.Namespace, config: TrainConfig) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, config = parse(sys.argv[1:] if argv is None else argv)
-    from dreamlite_jax.training import distributed
+    from dreamlite_jax.parallel import distributed
 
     distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     return preflight(args, config)

@@ -17,7 +17,7 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # no fixture: those of a wider scope compute too
 # Where arrays are: elsewhere a wrong type is bad input, and its UserError is what tests look at.
-CHECKED = ["dreamlite_jax.diffusion", "dreamlite_jax.models", "dreamlite_jax.training"]
+CHECKED = ["dreamlite_jax.diffusion", "dreamlite_jax.models", "dreamlite_jax.parallel", "dreamlite_jax.training"]
 jaxtyping.install_import_hook(CHECKED, "checker.check")
 
 # Ranks must match too where broadcasting is the mathematics; the text and reward towers promote (d,) parameters freely.

@@ -4,8 +4,8 @@ import pytest
 import tiny
 
 from dreamlite_jax import bench
+from dreamlite_jax.data.config import BucketConfig
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import BucketConfig
 
 
 @pytest.mark.parametrize(("flag", "work"), [("--threads=3", "3 threads"), ("--processes=1", "1 processes")])

@@ -16,8 +16,8 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.model import Generated
 from dreamlite_jax.models.unet import UNet
 from dreamlite_jax.models.vae import VAE
+from dreamlite_jax.parallel import sharding
 from dreamlite_jax.text.words import UnreadWords
-from dreamlite_jax.training import sharding
 
 PROMPTS = ["a cat", "two red hearts on a blue background", "a dog to the left of a star"]
 

@@ -17,8 +17,8 @@ import dreamlite_jax
 from conversion import from_torch
 from dreamlite_jax import pictures
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.parallel import sharding
 from dreamlite_jax.text.encoder import PromptRequest
-from dreamlite_jax.training import sharding
 
 WIDTH, HEIGHT = 96, 64
 TOLERANCE = 1e-3  # of final latents, which are of order 1

@@ -13,13 +13,14 @@ from PIL import Image
 
 from dreamlite_jax import model_folder, precompute
 from dreamlite_jax.data import encoding, kept, latents
+from dreamlite_jax.data.config import SourceConfig
 from dreamlite_jax.data.sprites import builder, render
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.vae import VAE
 from dreamlite_jax.pictures import to_float
 from dreamlite_jax.text import load
 from dreamlite_jax.text.encoder import PromptRequest
-from dreamlite_jax.training.config import PrecomputeConfig, SourceConfig, load_config
+from dreamlite_jax.training.config import PrecomputeConfig, load_config
 
 COUNTS = {"train": 20, "validation": 8, "heldout": 8}
 

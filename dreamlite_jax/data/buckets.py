@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from dreamlite_jax.data.config import BucketConfig
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import BucketConfig
 
 Size = tuple[int, int]  # width, height in pixels
 LONGEST_PATTERN = 100_000  # samples after which the pattern of a mixture repeats, at most

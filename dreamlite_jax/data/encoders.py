@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from dreamlite_jax.config import ModelConfig, TextConfig, to_dict
+from dreamlite_jax.data.config import SourceConfig
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import SourceConfig
 
 ALIKE = 0.1  # relative distance within which states of the empty prompt are one encoder's: machines differ by rounding
 

@@ -27,8 +27,8 @@ class Encoder:
         import jax
 
         from dreamlite_jax.models.vae import VAE
-        from dreamlite_jax.training import sharding
-        from dreamlite_jax.training.config import MeshConfig
+        from dreamlite_jax.parallel import sharding
+        from dreamlite_jax.parallel.config import MeshConfig
 
         self.config, self.text = config, text
         vae, mesh = VAE(self.config), sharding.make_mesh(MeshConfig(), jax.local_devices())
@@ -92,7 +92,7 @@ def text_encoder(config: TextConfig) -> PromptEncoder:
     """The config's encoder, its rows spread over the local devices."""
     import jax
 
-    from dreamlite_jax.training import sharding
-    from dreamlite_jax.training.config import MeshConfig
+    from dreamlite_jax.parallel import sharding
+    from dreamlite_jax.parallel.config import MeshConfig
 
     return load_remembering(config, mesh=sharding.make_mesh(MeshConfig(), jax.local_devices()))

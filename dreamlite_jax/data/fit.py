@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dreamlite_jax.data.buckets import Size, nearest_bucket
+from dreamlite_jax.data.config import SourceConfig
 from dreamlite_jax.data.records import BadRecord
-from dreamlite_jax.training.config import SourceConfig
 
 MUCH_CUT, MUCH_ENLARGED = 0.5, 2.0  # beyond which a summary warns
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dreamlite_jax.data.config import SourceConfig
 from dreamlite_jax.data.records import (
     BadRecord,
     Record,
@@ -23,7 +24,6 @@ from dreamlite_jax.data.records import (
     short_line,
 )
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import SourceConfig
 
 JSONL = "metadata.jsonl"
 

@@ -19,10 +19,10 @@ import numpy as np
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.data import reading, transforms
 from dreamlite_jax.data.buckets import Size
+from dreamlite_jax.data.config import SourceConfig
 from dreamlite_jax.data.fit import fit
 from dreamlite_jax.data.records import BadRecord, Stamp
 from dreamlite_jax.data.sources import Source
-from dreamlite_jax.training.config import SourceConfig
 
 FOLDER = ".dreamlite_index"
 SAMPLE = 1000  # pictures looked at where only a summary is wanted

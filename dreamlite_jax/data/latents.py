@@ -21,11 +21,11 @@ import numpy as np
 
 from dreamlite_jax.data import place, reading
 from dreamlite_jax.data.buckets import Size
+from dreamlite_jax.data.config import SourceConfig
 from dreamlite_jax.data.reading import BadRecords
 from dreamlite_jax.data.records import BadRecord
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.json_files import read_json
-from dreamlite_jax.training.config import SourceConfig
 
 FORMAT = 1
 INFO = "info.json"

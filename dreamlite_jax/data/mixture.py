@@ -19,6 +19,7 @@ import numpy as np
 
 from dreamlite_jax.data import place, reading
 from dreamlite_jax.data.buckets import Plan, Size, Stream, bucket_sizes
+from dreamlite_jax.data.config import BucketConfig, DataConfig, SourceConfig
 from dreamlite_jax.data.fit import check_limits, summary
 from dreamlite_jax.data.index import bucket_table, picture_sizes, sampled_sizes
 from dreamlite_jax.data.reading import BadRecords, Loaded, Reader
@@ -28,7 +29,6 @@ from dreamlite_jax.data.transforms import Item, picture_size
 from dreamlite_jax.data.transforms import item as transform
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.text.encoder import PromptEncoder, PromptRequest, PromptTooLong, null_tails
-from dreamlite_jax.training.config import BucketConfig, DataConfig, SourceConfig
 
 GROUP = 8  # samples that a worker reads in one go
 AHEAD = 2  # batches read ahead of the one in use

@@ -13,10 +13,10 @@ from typing import Any
 import grain
 import numpy as np
 
+from dreamlite_jax.data.config import SourceConfig
 from dreamlite_jax.data.records import BadRecord
 from dreamlite_jax.data.sources import Source
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import SourceConfig
 
 LOOKED_AT = 16  # records of a source whose content is part of its digest
 UNREADABLE = "-" * 8

@@ -17,11 +17,11 @@ import numpy as np
 
 from dreamlite_jax.data import place, transforms
 from dreamlite_jax.data.buckets import Size
+from dreamlite_jax.data.config import SourceConfig
 from dreamlite_jax.data.fit import check_limits
 from dreamlite_jax.data.records import BadRecord
 from dreamlite_jax.data.sources import Source, open_source
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import SourceConfig
 
 TRIES = 100  # records in a row that cannot be used: the data are not what the config says
 LOOKED_AT = 1000  # records at the beginning of a source, to find some that are alike

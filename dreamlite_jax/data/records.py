@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dreamlite_jax.data.config import FieldsConfig
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.text import templates
 from dreamlite_jax.text.templates import Task
-from dreamlite_jax.training.config import FieldsConfig
 
 EncodedPicture = bytes | np.ndarray  # of a file, or (H, W, 3 or 1) uint8
 ALIASES = {"image": "file_name", "caption": "text"}  # what the `datasets` library calls them in a folder

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dreamlite_jax.config import suggestion
+from dreamlite_jax.data.config import FieldsConfig, SourceConfig
 from dreamlite_jax.data.folder import Folder
 from dreamlite_jax.data.records import (
     BadRecord,
@@ -34,7 +35,6 @@ from dreamlite_jax.data.records import (
     short_line,
 )
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import FieldsConfig, SourceConfig
 
 LOOKED_AT = 100  # records at the beginning of shards that are asked for their fields
 

@@ -11,12 +11,12 @@ import numpy as np
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.qwen_vl import rope
 from dreamlite_jax.models.qwen_vl.model import STACKED
+from dreamlite_jax.parallel import sharding
 from dreamlite_jax.rewards import prompts
 from dreamlite_jax.rewards.base import Context
 from dreamlite_jax.rewards.images import CLIP_448, NATIVE, PictureRule
 from dreamlite_jax.rewards.network import RewardNetwork
 from dreamlite_jax.text.tokenizers import open_tokenizer
-from dreamlite_jax.training import sharding
 from dreamlite_jax.types import Image, PerSample
 
 IMAGE_MARK = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from dreamlite_jax.config import differences, with_text_state
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import MANIFEST, load_provenance, vae_manifest, weight_file
-from dreamlite_jax.training import distributed
+from dreamlite_jax.parallel import distributed
 from dreamlite_jax.training.errors import SaveError, short
 from dreamlite_jax.training.fingerprint import fingerprint
 from dreamlite_jax.training.state import TrainState, from_saved, saved

@@ -9,7 +9,7 @@ import numpy as np
 
 from dreamlite_jax.diffusion import flow, guidance, panels, sampler
 from dreamlite_jax.models.unet import UNet
-from dreamlite_jax.training import sharding
+from dreamlite_jax.parallel import sharding
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.types import Array, Float, Latent, PerSample, TextMask, TextStates, TimeIds
 

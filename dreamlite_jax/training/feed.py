@@ -22,6 +22,7 @@ from dreamlite_jax.config import (
 from dreamlite_jax.data import latents as latent_data
 from dreamlite_jax.data import place
 from dreamlite_jax.data.buckets import Size, bucket_sizes, check_sizes
+from dreamlite_jax.data.config import SourceConfig
 from dreamlite_jax.data.encoders import check_encoders
 from dreamlite_jax.data.forms import Images, Latents, Pairs
 from dreamlite_jax.data.mixture import check_hosts, first_items, raw_batches, source_sizes, text_fields
@@ -30,14 +31,15 @@ from dreamlite_jax.data.sources import Record, open_source
 from dreamlite_jax.data.transforms import Item, open_picture
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import find_model, load_vae
+from dreamlite_jax.parallel import sharding
+from dreamlite_jax.parallel.config import MeshConfig
 from dreamlite_jax.pictures import to_float
 from dreamlite_jax.tensor_files import sha256_of
 from dreamlite_jax.text.cache import load_remembering
 from dreamlite_jax.text.encoder import PromptRequest
 from dreamlite_jax.text.templates import EDIT_CHAT
-from dreamlite_jax.training import sharding
 from dreamlite_jax.training.codec import Codec
-from dreamlite_jax.training.config import MeshConfig, SourceConfig, TrainConfig
+from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.denoiser import NullPrompt
 
 HostBatch = dict[str, np.ndarray]

@@ -16,7 +16,8 @@ from PIL import Image
 from dreamlite_jax.config import differences, to_dict
 from dreamlite_jax.data import place
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training import distributed, optim, sharding
+from dreamlite_jax.parallel import distributed, sharding
+from dreamlite_jax.training import optim
 from dreamlite_jax.training.checkpoint import EXPORT, Checkpoints, check_resume, newest_record
 from dreamlite_jax.training.clock import Clock, duration
 from dreamlite_jax.training.config import TrainConfig

@@ -9,7 +9,8 @@ import numpy as np
 
 from dreamlite_jax.config import suggestion
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training import flops, sharding, start
+from dreamlite_jax.parallel import sharding
+from dreamlite_jax.training import flops, start
 from dreamlite_jax.training.codec import Codec
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.denoiser import Batch, Denoiser

@@ -10,7 +10,8 @@ from dreamlite_jax.config import ModelConfig, check_text_state, differences, fro
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import MANIFEST, find_model, load_config, load_params, load_vae, vae_config, weight_file
 from dreamlite_jax.models.unet import dummy_inputs
-from dreamlite_jax.training import checkpoint, sharding
+from dreamlite_jax.parallel import sharding
+from dreamlite_jax.training import checkpoint
 from dreamlite_jax.training.config import TrainConfig
 
 

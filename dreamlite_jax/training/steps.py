@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dreamlite_jax.training import distributed, sharding
+from dreamlite_jax.parallel import distributed, sharding
 from dreamlite_jax.training.clock import Clock
 from dreamlite_jax.training.stage import Stage, check_metrics
 

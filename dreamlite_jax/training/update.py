@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dreamlite_jax.training import optim, sharding
+from dreamlite_jax.parallel import sharding
+from dreamlite_jax.training import optim
 from dreamlite_jax.training.config import OptimConfig
 from dreamlite_jax.training.state import TrainState
 

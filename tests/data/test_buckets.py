@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dreamlite_jax.data.buckets import Plan, Stream, bucket_sizes, nearest_bucket, pattern, permuted
+from dreamlite_jax.data.config import BucketConfig
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import BucketConfig
 
 
 @pytest.mark.parametrize(("size", "step", "ratio"), [(256, 32, 2.0), (512, 64, 2.0), (1024, 64, 4.0), (1024, 32, 2.0)])

@@ -8,9 +8,9 @@ import pytest
 import tiny
 
 from dreamlite_jax.config import TextConfig
+from dreamlite_jax.data.config import SourceConfig
 from dreamlite_jax.data.encoders import check_encoders, text_identity
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import SourceConfig
 
 NULL = np.random.default_rng(0).normal(size=(2, tiny.TEXT_DIM))
 

@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 from dreamlite_jax.data import latents
+from dreamlite_jax.data.config import SourceConfig
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import SourceConfig
 
 
 @pytest.fixture(scope="module")

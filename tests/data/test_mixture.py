@@ -12,13 +12,13 @@ import tiny
 from PIL import Image
 
 from dreamlite_jax.data import transforms
+from dreamlite_jax.data.config import BucketConfig, DataConfig, SourceConfig
 from dreamlite_jax.data.forms import Images, Pairs
 from dreamlite_jax.data.index import source_digest
 from dreamlite_jax.data.mixture import raw_batches
 from dreamlite_jax.data.reading import substitutes
 from dreamlite_jax.data.sources import open_source
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import BucketConfig, DataConfig, SourceConfig
 
 SQUARE = BucketConfig(size=16, multiple=16)
 SHAPES = BucketConfig(size=32, multiple=16, max_ratio=3.0)  # 48x16, 32x32 and 16x48, among others

@@ -12,10 +12,10 @@ import tiny
 
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.data import latents, place
+from dreamlite_jax.data.config import BucketConfig, DataConfig, SourceConfig
 from dreamlite_jax.data.forms import Images
 from dreamlite_jax.data.mixture import raw_batches
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import BucketConfig, DataConfig, SourceConfig
 
 SIZES = ((16, 16), (48, 16), (16, 48))
 ONE, SEVERAL = BucketConfig(size=16, multiple=16), BucketConfig(size=32, multiple=16, max_ratio=3.0)

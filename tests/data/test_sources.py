@@ -8,10 +8,10 @@ import raw_sets
 import tensorflow_datasets as tfds
 
 from dreamlite_jax.data import sources
+from dreamlite_jax.data.config import FieldsConfig, SourceConfig
 from dreamlite_jax.data.sources import BadRecord, Record
 from dreamlite_jax.data.sprites import builder
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import FieldsConfig, SourceConfig
 
 PICTURES = [raw_sets.plain(i) for i in range(6)]
 

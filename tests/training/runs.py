@@ -16,7 +16,8 @@ from pathlib import Path
 import jax
 
 from dreamlite_jax import train
-from dreamlite_jax.training import checkpoint, metrics, sharding
+from dreamlite_jax.parallel import sharding
+from dreamlite_jax.training import checkpoint, metrics
 
 PROCESSES = multiprocessing.get_context("forkserver")  # imports once, and forks from there
 PROCESSES.set_forkserver_preload(["dreamlite_jax.training.loop", "dreamlite_jax.training.stages.flow_matching"])

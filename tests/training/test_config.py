@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 from dreamlite_jax.config import ModelConfig, SchedulerConfig, UNetConfig, VAEConfig, differences, from_dict, to_dict
+from dreamlite_jax.data.config import SourceConfig
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import PrecomputeConfig, SourceConfig, TrainConfig, load_config
+from dreamlite_jax.training.config import PrecomputeConfig, TrainConfig, load_config
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training import distributed
+from dreamlite_jax.parallel import distributed
 
 
 def test_flags_go_before_the_environment():

@@ -14,7 +14,8 @@ from runs import KillAtStep, die, finish, kill_while_saving_step_8, rows, saved_
 from dreamlite_jax import model_folder, train
 from dreamlite_jax.config import to_dict
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training import checkpoint, clock, loop, sharding, state
+from dreamlite_jax.parallel import sharding
+from dreamlite_jax.training import checkpoint, clock, loop, state
 from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import load_config
 from dreamlite_jax.training.errors import NonFiniteError

@@ -13,7 +13,8 @@ from runs import Mishap, finish, full_disk_at_step_7, rows, saved_steps, start, 
 
 from dreamlite_jax import exit_codes, train
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training import checkpoint, fingerprint, sharding
+from dreamlite_jax.parallel import sharding
+from dreamlite_jax.training import checkpoint, fingerprint
 from dreamlite_jax.training.build import build
 from dreamlite_jax.training.config import load_config
 

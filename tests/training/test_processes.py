@@ -10,9 +10,11 @@ import tiny
 from runs import Mishap, finish_pair, rows, saved_steps, slow_steps_and_a_notice, start_pair, weights
 
 from dreamlite_jax import exit_codes, model_folder
-from dreamlite_jax.training import checkpoint, sharding
+from dreamlite_jax.parallel import sharding
+from dreamlite_jax.parallel.config import MeshConfig
+from dreamlite_jax.training import checkpoint
 from dreamlite_jax.training.build import build
-from dreamlite_jax.training.config import MeshConfig, load_config
+from dreamlite_jax.training.config import load_config
 
 STEPS, COMPARED = 12, 5
 FLAGS = ("--config.mesh.fsdp=4",)

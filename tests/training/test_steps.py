@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamlite_jax.training import sharding, steps
+from dreamlite_jax.parallel import sharding
+from dreamlite_jax.parallel.config import MeshConfig
+from dreamlite_jax.training import steps
 from dreamlite_jax.training.build import build
 from dreamlite_jax.training.clock import Clock
-from dreamlite_jax.training.config import MeshConfig, load_config
+from dreamlite_jax.training.config import load_config
 from dreamlite_jax.training.stage import Stage
 
 

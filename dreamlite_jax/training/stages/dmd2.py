@@ -23,7 +23,8 @@ from dreamlite_jax.diffusion import flow, guidance, panels, sampler
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models import blocks
 from dreamlite_jax.models.unet import dummy_inputs
-from dreamlite_jax.training import optim, sharding, start
+from dreamlite_jax.parallel import sharding
+from dreamlite_jax.training import optim, start
 from dreamlite_jax.training.codec import Codec
 from dreamlite_jax.training.config import TrainConfig
 from dreamlite_jax.training.denoiser import Batch, Denoiser

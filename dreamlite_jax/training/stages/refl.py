@@ -12,9 +12,10 @@ from flax import traverse_util
 from dreamlite_jax.data.latents import LatentReader
 from dreamlite_jax.diffusion import guidance, sampler
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.parallel import sharding
 from dreamlite_jax.rewards.base import Context, Part, RewardSum
 from dreamlite_jax.rewards.load import load_rewards
-from dreamlite_jax.training import sharding, start
+from dreamlite_jax.training import start
 from dreamlite_jax.training.codec import Codec
 from dreamlite_jax.training.config import ReFLConfig, TrainConfig
 from dreamlite_jax.training.denoiser import Batch, Denoiser

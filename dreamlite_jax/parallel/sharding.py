@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.training.config import MeshConfig
+from dreamlite_jax.parallel.config import MeshConfig
 
 MIN_SHARDED_SIZE = 2**16  # smaller arrays are replicated: gathering them costs more than keeping them
 AXES = ("data", "fsdp")
