@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
-# From a fresh machine to tests passed: launch/test.sh [--slow] [pytest arguments].
+# From a fresh machine to tests passed: launch/test.sh [--python 3.13] [--slow] [pytest arguments].
+# --python makes an environment of its own, .venv-3.13, beside that of the other commands.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "$0")/env.sh"
+if [ "${1:-}" = --python ]; then
+  wanted=${2:?"--python wants a version such as 3.13"}
+  PYTHON=$(find_python "$wanted") || { echo "error: --python $wanted: python$wanted not found" >&2 && exit 2; }
+  export PYTHON VENV=${DREAMLITE_VENV:-$ROOT/.venv-$wanted} && export DREAMLITE_VENV=$VENV
+  shift 2
+fi
 "$ROOT/launch/setup.sh" demo,convert,test
 cd "$ROOT"
 "$VENV/bin/ruff" check .

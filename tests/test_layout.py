@@ -19,7 +19,7 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.model_folder import load_vae, vae_manifest
 from dreamlite_jax.training import loop
 from dreamlite_jax.training.build import build
-from dreamlite_jax.training.config import PrecomputeConfig, load_config, read_config_file
+from dreamlite_jax.training.config import PrecomputeConfig, TrainConfig, load_config, read_config_file
 from dreamlite_jax.training.stages import dmd2
 
 REPOSITORY = Path(__file__).parents[1]
@@ -72,13 +72,39 @@ def test_every_config_is_known_here():
     assert {path.name for path in (REPOSITORY / "configs").glob("*.py")} == {*TRAINING, *PRECOMPUTE, *FULL_SIZE}
 
 
-@pytest.mark.parametrize(("file", "argument"), [(file, a) for file, args in TRAINING.items() for a in args])
-def test_training_configs_build_and_their_steps_have_shapes(root, file, argument, monkeypatch):
+def small(root: Path, file: str, argument: str) -> TrainConfig:
+    """A config of the laptop's, to start from random weights."""
     root = root / "demo" if file == "demo.py" else root
     location = f"{REPOSITORY}/configs/{file}:" + (f"{argument},{root}" if argument else str(root))
     written = read_config_file(location)
     config = load_config(location, ["init_from=''"])
     assert config.steps == written["steps"] and config.stage == written["stage"]
+    return config
+
+
+@pytest.mark.parametrize(("file", "argument"), [(file, a) for file, args in TRAINING.items() for a in args])
+def test_training_configs_build_and_find_their_data(root, file, argument):
+    config = small(root, file, argument)
+    stage, feed = build(config)[:2]
+    batch = next(iter(feed.dataset(stage.fields)))
+    assert {len(value) for value in batch.values()} == {config.data.batch_size}
+    assert loop.count(stage.state_shapes().params) > 1e5
+
+
+# The demo's stages trace what the quick start's do, and so does every stage of flow matching but for its batch.
+TRACED = {("quickstart.py", "joint"), ("quickstart_post.py", "refl"), ("quickstart_post.py", "dmd2"), ("vae.py", "")}
+
+
+@pytest.mark.parametrize(
+    ("file", "argument"),
+    [
+        pytest.param(file, argument, marks=() if (file, argument) in TRACED else pytest.mark.slow)
+        for file, arguments in TRAINING.items()
+        for argument in arguments
+    ],
+)
+def test_steps_of_training_configs_have_shapes(root, file, argument, monkeypatch):
+    config = small(root, file, argument)
     if config.stage == "dmd2":
         with pytest.raises(UserError, match="distillation needs a trained teacher"):
             loop.check(config, *build(config)[:2])
