@@ -28,8 +28,10 @@ OWN = {  # what a run leaves in its workdir
     "profile",
     "model",
     "superseded",
+    "run.lock",  # `training.claim`: while a run lives, or was killed
 }
 PARTIAL_EXPORT = ".model."  # what `model_folder.new_folder` calls "model" while it is being written
+CLAIM = ("run.lock.", ".run.lock.")  # how it is called while it is written or taken over
 PROBE = ".preflight."  # how the folder begins in which launch/preflight.py tries whether it can write
 
 
@@ -53,7 +55,7 @@ def check_workdir(workdir: Path) -> None:
     """Raises `UserError` unless the folder can be written and holds at most a run of this command. Creates nothing."""
     cli.check_writable("--workdir", workdir)
     names = {path.name for path in workdir.iterdir()} if workdir.exists() else set()
-    foreign = {name for name in names - OWN if not name.startswith((PARTIAL_EXPORT, PROBE))}
+    foreign = {name for name in names - OWN if not name.startswith((PARTIAL_EXPORT, PROBE, *CLAIM))}
     if foreign:
         raise UserError(
             f"--workdir {workdir} holds {min(foreign)!r}, which no run of this command made; use an empty folder, "
@@ -87,17 +89,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line)
         jax.clear_caches()
         return 0
+    from dreamlite_jax.training.claim import Claim
     from dreamlite_jax.training.errors import Preempted, mute_abandoned_writes
     from dreamlite_jax.training.loop import train
 
     mute_abandoned_writes()
-    prepare_workdir(args.workdir)
     code = 0
-    try:
-        train(config, stage, feed, gallery, args.workdir)
-    except Preempted as stopped:
-        print(stopped, file=sys.stderr)
-        code = exit_codes.PREEMPTED
+    with Claim(args.workdir) as claim:
+        prepare_workdir(args.workdir)
+        try:
+            train(config, stage, feed, gallery, args.workdir, claim.check)
+        except Preempted as stopped:
+            print(stopped, file=sys.stderr)
+            code = exit_codes.PREEMPTED
     distributed.leave()
     return code
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,16 @@ SUPERSEDED = "superseded"  # folder of a workdir: models exported after fewer st
 RUN_AHEAD = 3  # steps given to the device beyond the one that it has finished: their batches wait in its memory
 
 
-def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workdir: Path) -> Path:
+def train(
+    config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workdir: Path,
+    check_claim: Callable[[], None] = lambda: None,
+) -> Path:  # fmt: skip
     """Trains to `config.steps` and exports; run again it goes on from the last checkpoint, or says that it is done.
 
     A model that was exported after fewer steps moves to the workdir's `superseded`.
+
+    Args:
+      check_claim: raises where the workdir is no longer this run's (`training.claim`).
 
     Returns:
       The exported artefact, `workdir/model`.
@@ -115,6 +122,7 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
             logging = last or stopping or step % config.log_every == 0
             drawing = last or step % config.grid_every == 0
             if logging or saving or drawing:  # so that no pause holds the time of steps that are still under way
+                check_claim()
                 try:
                     means = metrics.flush()
                 except ArithmeticError as error:  # what was good when saved may still be on its way to the disk
@@ -145,6 +153,7 @@ def train(config: TrainConfig, stage: Stage, feed: Feed, gallery: Gallery, workd
 
         # 5. Export the averaged parameters.
         checkpoints.wait()
+        check_claim()
         provenance = {
             "config": config_record,
             "steps": config.steps,
