@@ -93,8 +93,11 @@ class Claim:
         else:
             say(f"{self.path.parent} belongs to {told(found)}: watching for {SILENCE:.0f} s whether it lives")
             until = time.monotonic() + SILENCE
-            while (dead := read(self.path) == found) and time.monotonic() < until:
+            while (now := read(self.path)) == found and time.monotonic() < until:
                 time.sleep(BEAT / 10)
+            if not now:  # it has ended meanwhile
+                return {}
+            dead = now == found
         if not dead:
             raise UserError(
                 f"--workdir {self.path.parent} is in use by {told(found)}; wait for it to end, stop it, or use another "

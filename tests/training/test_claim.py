@@ -101,6 +101,15 @@ def test_a_claim_of_another_machine_that_beats_is_respected(tmp_path, changes):
     assert claim.read(tmp_path / claim.NAME)["token"] == "theirs"
 
 
+def test_a_claim_of_another_machine_that_ends_while_it_is_watched_is_free(tmp_path):
+    path = written(tmp_path, machine="elsewhere")
+    ending = threading.Timer(0.2, path.unlink)
+    ending.start()
+    with claim.Claim(tmp_path) as own:
+        own.check()
+    ending.join()
+
+
 @pytest.mark.parametrize("text", ["", '{"token": "th', "[]", "\0\0\0\0"])
 def test_a_torn_claim_holds_nothing(tmp_path, text):
     (tmp_path / claim.NAME).write_text(text)
